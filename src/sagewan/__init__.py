@@ -1,0 +1,29 @@
+"""Wan video generation in the attention precision you choose, and a report of what ran.
+
+>>> import sagewan
+>>> sagewan.generate(sagewan.Request(prompt="a red ball rolls to the right"))  # doctest: +SKIP
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sagewan.attention import attend
+    from sagewan.pipeline import generate
+    from sagewan.plan.request import Request
+
+__version__ = "0.1.0.dev0"
+__all__ = ["Request", "__version__", "attend", "generate"]
+
+# Named lazily, so that the command line answers --help without importing torch.
+_HOMES = {
+    "attend": "sagewan.attention",
+    "generate": "sagewan.pipeline",
+    "Request": "sagewan.plan.request",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sagewan' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Every decision, made from values alone: nothing here imports torch or touches a device."""

@@ -1,0 +1,299 @@
+"""The implementations of each attention mode: a table of rows, and what a row objects to.
+
+A row is plain data: nothing is imported to read it. Its callable takes query, key and value by
+position and the softmax scale by the keyword named in ``scale``.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from packaging.version import Version
+
+from sagewan.plan.hardware import Device, Hardware
+from sagewan.plan.objection import Objection
+
+SIXTEEN_BIT = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What one attention call asks for. ``dtype`` is torch's name of it, such as ``bfloat16``."""
+
+    head_dim: int
+    dtype: str
+    grouped_heads: bool = False
+    log_sum_exp: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to compute a mode.
+
+    ``call`` is ``"module:function"``; ``layout`` the axis order that function takes (B batch,
+    H heads, N tokens, D head size); ``qk`` and ``pv`` the formats its two products multiply in;
+    ``sms`` the compute capabilities it runs on (empty: any, CPU included), ``package`` the
+    distribution it needs and ``versions`` the half-open range of versions.
+    ``changes_key`` marks functions known to smooth the caller's K in place: they get a copy.
+    ``trusted`` rows need no self-test: torch's own, and the emulation that is the reference.
+    """
+
+    name: str
+    mode: str
+    call: str
+    qk: str
+    pv: str
+    layout: str = "BHND"
+    scale: str = "scale"
+    options: Mapping[str, object] = field(default_factory=dict, hash=False)
+    sms: tuple[int, ...] = ()
+    head_dims: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = SIXTEEN_BIT
+    package: str | None = None
+    versions: tuple[str, str] | None = None
+    install: str = ""
+    systems: tuple[str, ...] = ("Linux", "Windows", "Darwin")
+    grouped_heads: bool = False
+    log_sum_exp: bool = False
+    changes_key: bool = False
+    emulated: bool = False
+    trusted: bool = False
+
+    def objections(
+        self, problem: Problem, device: Device, hardware: Hardware
+    ) -> Iterator[Objection]:
+        """Why this row can't serve the problem on the device, the most lasting reason first."""
+        if self.sms and not device.is_cuda:
+            yield Objection("needs-cuda", {"device": device.name})
+        elif self.sms and device.sm not in self.sms:
+            yield Objection(
+                "compute-capability",
+                {
+                    "needed": _capabilities(self.sms),
+                    "device": device.name,
+                    "found": f"{device.sm // 10}.{device.sm % 10}",
+                },
+            )
+        if hardware.system not in self.systems:
+            yield Objection(
+                "platform", {"needed": ", ".join(self.systems), "found": hardware.system}
+            )
+        if self.head_dims and problem.head_dim not in self.head_dims:
+            yield Objection(
+                "head-dim", {"needed": _list(self.head_dims), "found": str(problem.head_dim)}
+            )
+        if problem.dtype not in self.dtypes:
+            yield Objection("dtype", {"needed": " or ".join(self.dtypes), "found": problem.dtype})
+        if problem.grouped_heads and not self.grouped_heads:
+            yield Objection("grouped-heads")
+        if problem.log_sum_exp and not self.log_sum_exp:
+            yield Objection("log-sum-exp")
+        if self.package:
+            yield from self._package_objections(self.package, hardware.packages.get(self.package))
+
+    def _package_objections(self, package: str, found: str | None) -> Iterator[Objection]:
+        if found is None:
+            yield Objection("package-missing", {"package": package, "install": self.install})
+        elif self.versions and not _within(found, self.versions):
+            needed = f"{self.versions[0]} or newer, below {self.versions[1]}"
+            yield Objection(
+                "package-version", {"package": package, "needed": needed, "found": found}
+            )
+
+    def objection(self, problem: Problem, device: Device, hardware: Hardware) -> Objection | None:
+        """The first of :meth:`objections`, or None: the row can be tried."""
+        return next(self.objections(problem, device, hardware), None)
+
+
+def _within(found: str, versions: tuple[str, str]) -> bool:
+    return Version(versions[0]) <= Version(found) < Version(versions[1])
+
+
+def _capabilities(sms: tuple[int, ...]) -> str:
+    lowest = f"{min(sms) // 10}.{min(sms) % 10}"
+    if min(sms) >= 100:
+        return f"{lowest} or newer (Blackwell)"
+    return f"{lowest} or newer" if max(sms) >= 100 else _list(f"{sm / 10:.1f}" for sm in sms)
+
+
+def _list(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+_AMPERE_UP = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+_BLACKWELL = (100, 103, 120, 121)
+_ANY_FLOAT = (*SIXTEEN_BIT, "float32")
+
+ROWS: tuple[Implementation, ...] = (
+    Implementation(
+        name="torch.sdpa",
+        mode="sdpa",
+        call="torch.nn.functional:scaled_dot_product_attention",
+        qk="16 bit",
+        pv="16 bit",
+        dtypes=_ANY_FLOAT,
+        trusted=True,
+    ),
+    Implementation(
+        name="flash_attn.cute",
+        mode="flash_attn",
+        call="flash_attn.cute:flash_attn_func",
+        qk="16 bit",
+        pv="16 bit",
+        layout="BNHD",
+        scale="softmax_scale",
+        sms=(90, 100, 103, 120, 121),
+        head_dims=(64, 96, 128),
+        package="flash-attn-4",
+        versions=("4.0.0b36", "5"),
+        install='pip install --pre "flash-attn-4>=4.0.0b36"',
+        systems=("Linux",),
+        grouped_heads=True,
+    ),
+    Implementation(
+        name="flash_attn",
+        mode="flash_attn",
+        call="flash_attn:flash_attn_func",
+        qk="16 bit",
+        pv="16 bit",
+        layout="BNHD",
+        scale="softmax_scale",
+        sms=_AMPERE_UP,
+        head_dims=(64, 96, 128, 192, 256),
+        package="flash-attn",
+        versions=("2.6", "3"),
+        install="pip install flash-attn --no-build-isolation",
+        grouped_heads=True,
+    ),
+    Implementation(
+        name="sageattention.int8_fp16_cuda",
+        mode="sageattn",
+        call="sageattention:sageattn_qk_int8_pv_fp16_cuda",
+        qk="int8 per warp",
+        pv="fp16",
+        scale="sm_scale",
+        options={"pv_accum_dtype": "fp32"},
+        sms=_AMPERE_UP,
+        head_dims=(64, 96, 128),
+        package="sageattention",
+        versions=("2", "3"),
+        install="build SageAttention 2 from its sources",
+        grouped_heads=True,
+        changes_key=True,
+    ),
+    Implementation(
+        name="sageattention.int8_fp16_triton",
+        mode="sageattn",
+        call="sageattention:sageattn_qk_int8_pv_fp16_triton",
+        qk="int8 per block",
+        pv="fp16",
+        scale="sm_scale",
+        sms=_AMPERE_UP,
+        head_dims=(64, 96, 128),
+        package="sageattention",
+        versions=("2", "3"),
+        install="build SageAttention 2 from its sources",
+        grouped_heads=True,
+        changes_key=True,
+    ),
+    Implementation(
+        name="sageattention.sageattn_1",
+        mode="sageattn",
+        call="sageattention:sageattn",
+        qk="int8 per block",
+        pv="fp16",
+        scale="sm_scale",
+        sms=_AMPERE_UP,
+        head_dims=(64, 96, 128),
+        package="sageattention",
+        versions=("1.0.6", "2"),
+        install="pip install sageattention==1.0.6",
+        changes_key=True,
+    ),
+    Implementation(
+        name="comfy_kitchen.int8_attention",
+        mode="sageattn",
+        call="comfy_kitchen:int8_attention",
+        qk="int8 per block",
+        pv="int8",
+        sms=(75, *_AMPERE_UP),
+        head_dims=(64, 96, 128),
+        package="comfy-kitchen",
+        versions=("0.2.40", "0.3"),
+        install='pip install "sagewan[kitchen]"',
+        systems=("Linux", "Windows"),
+        grouped_heads=True,
+    ),
+    Implementation(
+        name="sageattn3.blackwell",
+        mode="sageattn_3_fp4",
+        call="sageattn3:sageattn3_blackwell",
+        qk="nvfp4",
+        pv="nvfp4",
+        scale="sm_scale",
+        options={"per_block_mean": True},
+        sms=_BLACKWELL,
+        head_dims=(64, 128),
+        package="sageattn3",
+        versions=("1", "2"),
+        install="build SageAttention 3 from its sources",
+        systems=("Linux", "Windows"),
+    ),
+    Implementation(
+        name="emulated.sageattn",
+        mode="sageattn",
+        call="sagewan.reference.emulation:sageattn",
+        qk="int8 per block",
+        pv="16 bit",
+        dtypes=_ANY_FLOAT,
+        grouped_heads=True,
+        log_sum_exp=True,
+        emulated=True,
+        trusted=True,
+    ),
+    Implementation(
+        name="emulated.sageattn_3",
+        mode="sageattn_3",
+        call="sagewan.reference.emulation:sageattn_3",
+        qk="int8, fine scales",
+        pv="16 bit",
+        dtypes=_ANY_FLOAT,
+        grouped_heads=True,
+        log_sum_exp=True,
+        emulated=True,
+        trusted=True,
+    ),
+    Implementation(
+        name="emulated.sageattn_3_fp8",
+        mode="sageattn_3_fp8",
+        call="sagewan.reference.emulation:sageattn_3_fp8",
+        qk="int8, fine scales",
+        pv="fp8 e4m3",
+        dtypes=_ANY_FLOAT,
+        grouped_heads=True,
+        log_sum_exp=True,
+        emulated=True,
+        trusted=True,
+    ),
+    Implementation(
+        name="emulated.sageattn_3_fp4",
+        mode="sageattn_3_fp4",
+        call="sagewan.reference.emulation:sageattn_3_fp4",
+        qk="nvfp4",
+        pv="nvfp4",
+        dtypes=_ANY_FLOAT,
+        grouped_heads=True,
+        log_sum_exp=True,
+        emulated=True,
+        trusted=True,
+    ),
+)
+
+
+def rows_of(mode: str, *, emulate: bool = False) -> tuple[Implementation, ...]:
+    """The rows that serve a mode, in order of preference; the emulation only where allowed."""
+    return tuple(row for row in ROWS if row.mode == mode and (emulate or not row.emulated))
+
+
+def row_named(name: str) -> Implementation:
+    """The row of that name; KeyError if there is none."""
+    return {row.name: row for row in ROWS}[name]

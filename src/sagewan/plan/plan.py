@@ -1,0 +1,197 @@
+"""The plan: every decision of a run, made before anything runs, from values alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sagewan.errors import RequestError
+from sagewan.plan.attention import AttentionPlan, plan_attention
+from sagewan.plan.catalogue import Problem
+from sagewan.plan.evidence import Evidence
+from sagewan.plan.hardware import Device, Hardware
+from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
+from sagewan.plan.modes import PRESETS, Preset
+from sagewan.plan.request import Request
+from sagewan.plan.words import check_words
+
+# The rotary table of Wan has 1024 positions a side; beyond this many tokens nothing was tried.
+MAX_TOKENS = 500_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """How the noise is removed. ``boundary`` is the noise level where the second expert starts."""
+
+    count: int
+    scheduler: str
+    shift: float
+    cfg: float
+    cfg_2: float | None
+    boundary: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will run. Sizes are (width, height): ``size`` is delivered, ``grid_size`` generated.
+
+    ``notes`` are sentences for the user: what a preset could not have, what was rounded.
+    """
+
+    request: Request
+    model: Model
+    task: str
+    device: Device
+    dtype: str
+    size: tuple[int, int]
+    grid_size: tuple[int, int]
+    frames: int
+    fps: int
+    tokens: int
+    seed: int
+    negative: str
+    steps: Steps
+    attention: AttentionPlan
+    weight_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evidence) -> Plan:
+    """Decide everything. Raises RequestError for what this model can't do, and
+    UnsupportedError where ``strict`` forbids the substitute that this machine needs."""
+    preset = PRESETS[request.preset] if request.preset else None
+    device = hardware.device(request.device)
+    dtype = _dtype(request, device)
+    task = _task(request, model)
+    check_words(request.prompt, model)
+    check_words(request.negative or "", model)
+    size, frames, fps = _shape(request, model, preset)
+    grid_size = _on_grid(size, model)
+    steps = _steps(request, model, preset)
+    attention = plan_attention(
+        request,
+        preset,
+        Problem(head_dim=model.head_dim, dtype=dtype),
+        device,
+        hardware,
+        evidence,
+        layers=model.layers,
+    )
+    plan = Plan(
+        request=request,
+        model=model,
+        task=task,
+        device=device,
+        dtype=dtype,
+        size=size,
+        grid_size=grid_size,
+        frames=frames,
+        fps=fps,
+        tokens=model.tokens(grid_size, frames),
+        seed=request.seed if request.seed is not None else 0,
+        negative=request.negative if request.negative is not None else model.sampling.negative,
+        steps=steps,
+        attention=attention,
+        weight_bytes=model.parameters * model.experts * (4 if dtype == "float32" else 2),
+    )
+    if plan.tokens > MAX_TOKENS:
+        raise RequestError(
+            f"size={size[0]}x{size[1]} with frames={frames} makes {plan.tokens} tokens; "
+            f"more than {MAX_TOKENS} is refused: choose a smaller size or fewer frames"
+        )
+    return replace(plan, notes=tuple(_notes(plan, preset)))
+
+
+def _dtype(request: Request, device: Device) -> str:
+    if request.dtype != "auto":
+        return request.dtype
+    if device.is_cuda:
+        return "bfloat16" if device.sm >= 80 else "float16"
+    return "float32"
+
+
+def _task(request: Request, model: Model) -> str:
+    if request.last_image:
+        if FIRST_LAST_FRAME in model.tasks:
+            return FIRST_LAST_FRAME
+        takes = "only a first picture" if IMAGE_TO_VIDEO in model.tasks else "no pictures"
+        raise RequestError(f"last_image: the model {model.name} takes {takes}; leave it out")
+    if request.image:
+        if IMAGE_TO_VIDEO in model.tasks:
+            return IMAGE_TO_VIDEO
+        raise RequestError(
+            f"image: the model {model.name} makes videos from text alone; leave it out, or choose "
+            "an image-to-video model"
+        )
+    if TEXT_TO_VIDEO in model.tasks:
+        return TEXT_TO_VIDEO
+    raise RequestError(f"image is missing: the model {model.name} starts from a picture")
+
+
+def _shape(
+    request: Request, model: Model, preset: Preset | None
+) -> tuple[tuple[int, int], int, int]:
+    # A preset's size and length are meant for the published models, not for the small demo.
+    usual = preset if preset and not model.is_demo else model.sampling
+    size = request.size or usual.size
+    frames = request.frames or usual.frames
+    across, down = model.grid
+    if size[0] < across or size[1] < down:
+        raise RequestError(
+            f"size={size[0]}x{size[1]} is below the grid of {model.name}: "
+            f"the smallest is {across}x{down}"
+        )
+    if (frames - 1) % model.temporal:
+        raise RequestError(f"frames={frames}: {model.name} makes {model.temporal}n+1 frames")
+    return size, frames, request.fps or model.sampling.fps
+
+
+def _on_grid(size: tuple[int, int], model: Model) -> tuple[int, int]:
+    across, down = model.grid
+    return -(-size[0] // across) * across, -(-size[1] // down) * down
+
+
+def _steps(request: Request, model: Model, preset: Preset | None) -> Steps:
+    usual = model.sampling
+    if model.experts == 1 and (request.cfg_2 is not None or request.boundary is not None):
+        raise RequestError(
+            f"cfg_2 and boundary are for models with two experts, and {model.name} has one"
+        )
+    count = preset.steps if preset and not model.is_demo else usual.steps
+    cfg = usual.cfg if request.cfg is None else request.cfg
+    cfg_2 = None
+    if model.experts == 2:
+        # As diffusers: the second expert follows the first's guidance if only that is chosen.
+        default = usual.cfg_2 if request.cfg is None else request.cfg
+        cfg_2 = default if request.cfg_2 is None else request.cfg_2
+    return Steps(
+        count=request.steps or count,
+        scheduler=request.scheduler or usual.scheduler,
+        shift=usual.shift if request.shift is None else request.shift,
+        cfg=cfg,
+        cfg_2=cfg_2,
+        boundary=model.boundary if request.boundary is None else request.boundary,
+    )
+
+
+def _notes(plan: Plan, preset: Preset | None) -> list[str]:
+    notes = []
+    if plan.size != plan.grid_size:
+        notes.append(
+            f"{plan.size[0]}x{plan.size[1]} is not on the model's grid: generated at "
+            f"{plan.grid_size[0]}x{plan.grid_size[1]} and cropped"
+        )
+    if preset and preset.steps <= 8 and plan.steps.count == preset.steps:
+        notes.append(
+            f"{preset.steps} steps want a distilled checkpoint; with an ordinary one choose --steps"
+        )
+    if preset and plan.model.is_demo:
+        notes.append("the demo model keeps its own size, length and steps under every preset")
+    if preset:
+        notes.append("weights are kept in 16 bit: this version has no other quantization yet")
+    return notes
+
+
+def paths_of(request: Request) -> Mapping[str, Path]:
+    """The files a request names, by field."""
+    names = ("image", "last_image", "output", "report")
+    return {name: path for name in names if (path := getattr(request, name)) is not None}

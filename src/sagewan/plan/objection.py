@@ -31,7 +31,7 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "run-not-finite": "its result stopped being finite at step {step}",
                 "run-failed": "it failed while running ({error})",
                 "emulation-only": (
-                    "this machine can only emulate it; add --emulate for the slow, exact emulation"
+                    "this version can only emulate it (--emulate: exact arithmetic, slow)"
                 ),
             }
         )

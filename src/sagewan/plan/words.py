@@ -5,7 +5,12 @@ import re
 from sagewan.errors import RequestError
 from sagewan.plan.models import Model
 
-_WORD = re.compile(r"[a-z]+|[\u4e00-\u9fff]+|\d+", re.IGNORECASE)
+# Runs of Chinese, runs of any other letters and digits, and single signs that are neither
+# white space nor punctuation, such as emoji.
+_WORD = re.compile(
+    r"[\u4e00-\u9fff]+|[^\W\u4e00-\u9fff]+|[^\w\s!-/:-@\[-`{-~，。、！？；：“”‘’（）]"
+)
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
 def check_words(prompt: str, model: Model) -> None:
@@ -30,7 +35,7 @@ def _pieces(prompt: str, known: set[str]) -> list[str]:
     """The words of a prompt; Chinese, which has no spaces, is cut at the longest known word."""
     pieces: list[str] = []
     for run in _WORD.findall(prompt.lower()):
-        pieces += [run] if run.isascii() else _cut(run, known)
+        pieces += _cut(run, known) if _CHINESE.match(run) else [run]
     return pieces
 
 

@@ -1,0 +1,37 @@
+# The whole workflow. Each target sets up what it needs: .venv is made on the first call.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check package gpu clean
+.DEFAULT_GOAL := demo
+
+# A video and its report from the bundled model, in out/.
+demo: .venv/ready
+	mkdir -p out
+	$(BIN)/sagewan generate "a red ball rolls to the right" --seed 1 -o out/ball.mp4 \
+	  --report out/ball.json
+
+test: .venv/ready
+	$(BIN)/pytest
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The wheel, as a user gets it: in an empty environment, outside the checkout, and for Windows.
+package: .venv/ready
+	tools/check_package.sh
+
+gpu: .venv/ready
+	$(BIN)/pytest -m gpu
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv out dist build

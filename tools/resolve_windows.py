@@ -24,10 +24,6 @@ markers.default_environment = lambda: {
     "python_full_version": f"{version}.0",
 }
 with tempfile.TemporaryDirectory() as target:
+    how = ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--target", target]
     platform = ["--platform", "win_amd64", "--python-version", version, "--implementation", "cp"]
-    sys.exit(
-        pip(
-            ["install", "--dry-run", "--ignore-installed", "--only-binary=:all:"]
-            + [*platform, "--target", target, *options, wheel]
-        )
-    )
+    sys.exit(pip(["install", *how, *platform, *options, wheel]))

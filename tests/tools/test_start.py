@@ -1,0 +1,67 @@
+"""Which torch a first start installs, by driver and card."""
+
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+START = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "start.py"))
+Gpu = START["Gpu"]
+
+
+@pytest.mark.parametrize(
+    ("driver", "sm", "index"),
+    [
+        (580, 90, "cu130"),
+        (590, 120, "cu130"),
+        (580, 75, "cu130"),
+        (570, 89, "cu126"),
+        (525, 86, "cu126"),
+        (580, 70, "cu126"),
+        (570, 120, "cpu"),
+        (470, 86, "cpu"),
+        (580, 35, "cpu"),
+    ],
+)
+def test_the_index_follows_driver_and_card(driver: int, sm: int, index: str) -> None:
+    start = START["choose_index"]([Gpu("the card", driver, sm)])
+    assert start.index == index
+    assert bool(start.advice) == (index == "cpu")
+
+
+def test_an_old_driver_is_told_which_it_needs() -> None:
+    assert "driver 580 or newer, and 570" in START["choose_index"]([Gpu("RTX", 570, 120)]).advice
+    assert "driver 525 or newer, and 470" in START["choose_index"]([Gpu("RTX", 470, 86)]).advice
+
+
+def test_without_a_gpu_the_cpu_build_is_chosen() -> None:
+    assert START["choose_index"]([]).index == "cpu"
+
+
+def test_the_newest_card_decides() -> None:
+    gpus = [Gpu("old", 580, 75), Gpu("new", 580, 120)]
+    assert START["choose_index"](gpus).index == "cu130"
+
+
+def test_the_listing_of_nvidia_smi_is_read() -> None:
+    listing = "NVIDIA H100 80GB HBM3, 580.159.04, 9.0\nTesla, odd, 595.1, 12.0\n[Not Supported]\n"
+    assert START["parse_gpus"](listing) == [
+        Gpu("NVIDIA H100 80GB HBM3", 580, 90),
+        Gpu("Tesla, odd", 595, 120),
+    ]
+
+
+def test_torch_comes_from_its_index_and_the_rest_from_pip() -> None:
+    torch, product = START["install_commands"](Path("python"), "cu130")
+    assert torch[-2:] == ["--index-url", "https://download.pytorch.org/whl/cu130"]
+    assert "--index-url" not in product
+    assert START["install_commands"](Path("python"), "")[0][-1] == "torch"
+
+
+def test_a_machine_without_nvidia_smi_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert START["find_gpus"]() == []

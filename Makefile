@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check package gpu clean
+.PHONY: demo test check package gpu docs clean
 .DEFAULT_GOAL := demo
 
 # A video and its report from the bundled model, in out/.
@@ -32,6 +32,10 @@ gpu: .venv/ready
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
+
+# The pictures of the README, made by the commands it shows.
+docs: .venv/ready
+	$(BIN)/python tools/pictures.py docs/images/demo.png
 
 clean:
 	rm -rf .venv out dist build

@@ -33,8 +33,10 @@ def test_the_generated_size_is_on_the_grid_and_covers_what_was_asked(
     width: int, height: int, name: str
 ) -> None:
     model = PUBLISHED[name]
-    image = {} if "t2v" in model.tasks else {"image": "a.png"}
-    plan = plan_for(model, size=(width, height), frames=5, **image)
+    pictures = {} if "t2v" in model.tasks else {"image": "a.png"}
+    if model.tasks == ("flf2v",):
+        pictures["last_image"] = "b.png"
+    plan = plan_for(model, size=(width, height), frames=5, **pictures)
     for asked, made, step in zip(plan.size, plan.grid_size, model.grid, strict=True):
         assert made % step == 0
         assert 0 <= made - asked < step
@@ -81,8 +83,10 @@ def test_what_a_model_can_not_do_is_refused(model: Model, fields: dict, message:
 
 
 def test_first_and_last_frame_where_the_model_takes_it() -> None:
-    plan = plan_for(PUBLISHED["wan2.1-flf2v-14b"], image="a", last_image="b")
-    assert plan.task == "flf2v"
+    model = PUBLISHED["wan2.1-flf2v-14b"]
+    assert plan_for(model, image="a", last_image="b").task == "flf2v"
+    with pytest.raises(RequestError, match="last_image is missing"):
+        plan_for(model, image="a")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from sagewan.plan.request import Ends, Request, parse_layers, parse_size
         ({"seed": -1}, "seed=-1"),
         ({"dtype": "int3"}, "bfloat16"),
         ({"last_image": "b.png"}, "needs image"),
+        ({"image": "a.png", "last_image": "b.png", "frames": 1}, "at least 5 frames"),
         ({"attention_ends": Ends(mode="sdpa", first=1, last=1)}, "choose one with attention"),
         ({"attention": "sdpa", "attention_keep_layers": (1,)}, "needs attention_ends"),
         ({"attention": "sdpa", "attention_ends": Ends(mode="no", first=1, last=1)}, "mode|choose"),

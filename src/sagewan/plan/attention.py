@@ -131,6 +131,11 @@ class _Chooser:
             return Choice(AUTO, min(timed, key=lambda pair: pair[0])[1])
         return Choice(AUTO, self.choose("sdpa").row)
 
+    def untimed(self, floor: Quality) -> list[Implementation]:
+        """The rows to time before ``auto`` can choose; torch's own too, if it has a rival."""
+        rivals = list(self.candidates(floor))
+        return [row for row in rivals if row.name not in self.evidence.tests and len(rivals) > 1]
+
     def candidates(self, floor: Quality) -> Iterator[Implementation]:
         """The hardware rows that ``auto`` may take, as far as is known."""
         for mode in MODES.values():
@@ -160,9 +165,10 @@ def plan_attention(
     floor = preset.quality if preset else DEFAULT_QUALITY
     main = chooser.fastest(floor) if requested == AUTO else chooser.choose(requested)
     ends = chooser.choose(request.attention_ends.mode) if request.attention_ends else None
-    wanted = list(chooser.candidates(floor)) if requested == AUTO else [main.row]
-    if ends:
-        wanted.append(ends.row)
+    named = [choice.row for choice in (main, ends) if choice and choice.requested != AUTO]
+    unproven = [row for row in named if chooser.unproven(row)]
+    if requested == AUTO:
+        unproven += chooser.untimed(floor)
     plan = AttentionPlan(
         requested=requested,
         main=main,
@@ -172,11 +178,11 @@ def plan_attention(
         keep_layers=frozenset(request.attention_keep_layers),
         strict=request.strict,
         from_preset=request.attention is None,
-        unproven=tuple(row for row in dict.fromkeys(wanted) if chooser.unproven(row)),
+        unproven=tuple(dict.fromkeys(unproven)),
     )
     if request.strict and not plan.from_preset and plan.fallbacks:
         first = plan.fallbacks[0]
         raise UnsupportedError(
-            f"attention={first.from_mode} can't run here: it {first.why()} (strict: no fallback)"
+            f"attention={first.from_mode} can't run here: {first.why()} (strict: no fallback)"
         )
     return plan

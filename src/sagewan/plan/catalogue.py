@@ -1,7 +1,7 @@
 """The implementations of each attention mode: a table of rows, and what a row objects to.
 
 A row is plain data: nothing is imported to read it. Its callable takes query, key and value by
-position and the softmax scale by the keyword named in ``scale``.
+position, and everything else by keyword.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,14 +13,19 @@ from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.objection import Objection
 
 SIXTEEN_BIT = ("bfloat16", "float16")
+# What INT8 itself costs on the easiest inputs. Wan's usual sizes stay below; clips of a few hundred
+# tokens may not.
+MAX_PADDING_SHARE = 2e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What one attention call asks for. ``dtype`` is torch's name of it, such as ``bfloat16``."""
+    """What one attention call asks for. ``dtype`` is torch's name of it, such as ``bfloat16``;
+    ``keys`` how many tokens are attended to, None if not known yet."""
 
     head_dim: int
     dtype: str
+    keys: int | None = None
     grouped_heads: bool = False
     log_sum_exp: bool = False
 
@@ -33,7 +38,15 @@ class Implementation:
     H heads, N tokens, D head size); ``qk`` and ``pv`` the formats its two products multiply in;
     ``sms`` the compute capabilities it runs on (empty: any, CPU included), ``package`` the
     distribution it needs and ``versions`` the half-open range of versions.
+
+    ``scale``, ``lse_option`` and ``grouped_option`` are the keywords for the softmax scale, for
+    the log-sum-exp (returned second), and for fewer key heads than query heads. Without ``scale``
+    the launcher multiplies q instead; without ``lse_option`` it computes a wanted log-sum-exp
+    itself; without ``grouped_option`` the function sees the head counts by itself.
+
     ``changes_key`` marks functions known to smooth the caller's K in place: they get a copy.
+    ``key_block`` marks functions that take the padding of their last block of so many keys for
+    keys of score zero (they mask the load but not the score).
     ``trusted`` rows need no self-test: torch's own, and the emulation that is the reference.
     """
 
@@ -43,7 +56,9 @@ class Implementation:
     qk: str
     pv: str
     layout: str = "BHND"
-    scale: str = "scale"
+    scale: str | None = "scale"
+    lse_option: str | None = None
+    grouped_option: str | None = None
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     sms: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
@@ -55,6 +70,7 @@ class Implementation:
     grouped_heads: bool = False
     log_sum_exp: bool = False
     changes_key: bool = False
+    key_block: int = 1
     emulated: bool = False
     trusted: bool = False
 
@@ -83,12 +99,25 @@ class Implementation:
             )
         if problem.dtype not in self.dtypes:
             yield Objection("dtype", {"needed": " or ".join(self.dtypes), "found": problem.dtype})
+        if problem.keys is not None and self.padding_share(problem.keys) > MAX_PADDING_SHARE:
+            yield Objection(
+                "key-padding", {"block": str(self.key_block), "found": str(problem.keys)}
+            )
         if problem.grouped_heads and not self.grouped_heads:
             yield Objection("grouped-heads")
         if problem.log_sum_exp and not self.log_sum_exp:
             yield Objection("log-sum-exp")
         if self.package:
             yield from self._package_objections(self.package, hardware.packages.get(self.package))
+
+    def padding_share(self, keys: int) -> float:
+        """The most of a row's weight that padding taken for keys can get.
+
+        With K smoothed, a row's scores average zero, so that their exponentials sum to at least
+        ``keys`` (Jensen's inequality), and each place of padding adds one.
+        """
+        padding = -keys % self.key_block
+        return padding / (keys + padding)
 
     def _package_objections(self, package: str, found: str | None) -> Iterator[Objection]:
         if found is None:
@@ -120,7 +149,6 @@ def _list(values: Iterable[object]) -> str:
 
 
 _AMPERE_UP = (80, 86, 87, 89, 90, 100, 103, 120, 121)
-_BLACKWELL = (100, 103, 120, 121)
 _ANY_FLOAT = (*SIXTEEN_BIT, "float32")
 
 ROWS: tuple[Implementation, ...] = (
@@ -130,7 +158,10 @@ ROWS: tuple[Implementation, ...] = (
         call="torch.nn.functional:scaled_dot_product_attention",
         qk="16 bit",
         pv="16 bit",
+        grouped_option="enable_gqa",
         dtypes=_ANY_FLOAT,
+        grouped_heads=True,
+        log_sum_exp=True,
         trusted=True,
     ),
     Implementation(
@@ -141,12 +172,29 @@ ROWS: tuple[Implementation, ...] = (
         pv="16 bit",
         layout="BNHD",
         scale="softmax_scale",
+        lse_option="return_lse",
         sms=(90, 100, 103, 120, 121),
         head_dims=(64, 96, 128),
         package="flash-attn-4",
         versions=("4.0.0b36", "5"),
         install='pip install --pre "flash-attn-4>=4.0.0b36"',
         systems=("Linux",),
+        grouped_heads=True,
+        log_sum_exp=True,
+    ),
+    Implementation(
+        name="flash_attn_3",
+        mode="flash_attn",
+        call="flash_attn_interface:flash_attn_func",
+        qk="16 bit",
+        pv="16 bit",
+        layout="BNHD",
+        scale="softmax_scale",
+        sms=(90,),
+        head_dims=(64, 96, 128, 192, 256),
+        package="flash-attn-3",
+        versions=("3.0.0b1", "4"),
+        install="build FlashAttention 3 from its sources (hopper/)",
         grouped_heads=True,
     ),
     Implementation(
@@ -168,9 +216,10 @@ ROWS: tuple[Implementation, ...] = (
         name="sageattention.int8_fp16_cuda",
         mode="sageattn",
         call="sageattention:sageattn_qk_int8_pv_fp16_cuda",
-        qk="int8 per warp",
+        qk="int8 per thread",
         pv="fp16",
         scale="sm_scale",
+        lse_option="return_lse",
         options={"pv_accum_dtype": "fp32"},
         sms=_AMPERE_UP,
         head_dims=(64, 96, 128),
@@ -178,7 +227,7 @@ ROWS: tuple[Implementation, ...] = (
         versions=("2", "3"),
         install="build SageAttention 2 from its sources",
         grouped_heads=True,
-        changes_key=True,
+        log_sum_exp=True,
     ),
     Implementation(
         name="sageattention.int8_fp16_triton",
@@ -187,13 +236,15 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per block",
         pv="fp16",
         scale="sm_scale",
-        sms=_AMPERE_UP,
+        lse_option="return_lse",
+        sms=(80, 86, 87, 89, 90, 100, 103),  # its authors: not usable on sm_120
         head_dims=(64, 96, 128),
         package="sageattention",
         versions=("2", "3"),
         install="build SageAttention 2 from its sources",
         grouped_heads=True,
-        changes_key=True,
+        log_sum_exp=True,
+        key_block=64,
     ),
     Implementation(
         name="sageattention.sageattn_1",
@@ -207,16 +258,18 @@ ROWS: tuple[Implementation, ...] = (
         package="sageattention",
         versions=("1.0.6", "2"),
         install="pip install sageattention==1.0.6",
+        grouped_heads=True,
         changes_key=True,
+        key_block=64,
     ),
     Implementation(
         name="comfy_kitchen.int8_attention",
         mode="sageattn",
         call="comfy_kitchen:int8_attention",
-        qk="int8 per block",
+        qk="int8, rotated",
         pv="int8",
         sms=(75, *_AMPERE_UP),
-        head_dims=(64, 96, 128),
+        head_dims=(64, 96, 128, 256),
         package="comfy-kitchen",
         versions=("0.2.40", "0.3"),
         install='pip install "sagewan[kitchen]"',
@@ -229,14 +282,15 @@ ROWS: tuple[Implementation, ...] = (
         call="sageattn3:sageattn3_blackwell",
         qk="nvfp4",
         pv="nvfp4",
-        scale="sm_scale",
+        scale=None,
         options={"per_block_mean": True},
-        sms=_BLACKWELL,
+        sms=(100, 120),  # what its build accepts
         head_dims=(64, 128),
         package="sageattn3",
         versions=("1", "2"),
         install="build SageAttention 3 from its sources",
         systems=("Linux", "Windows"),
+        changes_key=True,
     ),
     Implementation(
         name="emulated.sageattn",
@@ -244,6 +298,7 @@ ROWS: tuple[Implementation, ...] = (
         call="sagewan.reference.emulation:sageattn",
         qk="int8 per block",
         pv="16 bit",
+        lse_option="return_lse",
         dtypes=_ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
@@ -256,6 +311,7 @@ ROWS: tuple[Implementation, ...] = (
         call="sagewan.reference.emulation:sageattn_3",
         qk="int8, fine scales",
         pv="16 bit",
+        lse_option="return_lse",
         dtypes=_ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
@@ -268,6 +324,7 @@ ROWS: tuple[Implementation, ...] = (
         call="sagewan.reference.emulation:sageattn_3_fp8",
         qk="int8, fine scales",
         pv="fp8 e4m3",
+        lse_option="return_lse",
         dtypes=_ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
@@ -280,6 +337,7 @@ ROWS: tuple[Implementation, ...] = (
         call="sagewan.reference.emulation:sageattn_3_fp4",
         qk="nvfp4",
         pv="nvfp4",
+        lse_option="return_lse",
         dtypes=_ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,

@@ -20,6 +20,10 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "dtype": "takes {needed}, and the model runs in {found}",
                 "log-sum-exp": "does not return the log-sum-exp",
                 "grouped-heads": "does not take fewer key heads than query heads",
+                "key-padding": (
+                    "takes the padding of its last block of {block} keys for keys, which would "
+                    "show with only {found}"
+                ),
                 "import-failed": "the package {package} can't be imported ({error})",
                 "function-missing": "the package {package} has no function {function}",
                 "self-test-error": (
@@ -28,8 +32,12 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "self-test-not-finite": "its self-test gave NaN or infinite values",
                 "self-test-changed-inputs": "its self-test found that it changes its inputs",
                 "self-test-crashed": "its self-test failed ({error})",
+                "self-test-no-memory": (
+                    "its self-test found too little free memory on the GPU ({error})"
+                ),
                 "run-not-finite": "its result stopped being finite at step {step}",
                 "run-failed": "it failed while running ({error})",
+                "less-precise": "is less precise than {mode}, whose result was not finite",
                 "emulation-only": (
                     "this version can only emulate it (--emulate: exact arithmetic, slow)"
                 ),

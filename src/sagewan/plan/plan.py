@@ -66,11 +66,12 @@ def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evid
     check_words(request.negative or "", model)
     size, frames, fps = _shape(request, model, preset)
     grid_size = _on_grid(size, model)
+    tokens = model.tokens(grid_size, frames)
     steps = _steps(request, model, preset)
     attention = plan_attention(
         request,
         preset,
-        Problem(head_dim=model.head_dim, dtype=dtype),
+        Problem(head_dim=model.head_dim, dtype=dtype, keys=tokens),
         device,
         hardware,
         evidence,
@@ -86,7 +87,7 @@ def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evid
         grid_size=grid_size,
         frames=frames,
         fps=fps,
-        tokens=model.tokens(grid_size, frames),
+        tokens=tokens,
         seed=request.seed if request.seed is not None else 0,
         negative=request.negative if request.negative is not None else model.sampling.negative,
         steps=steps,
@@ -102,8 +103,11 @@ def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evid
 
 
 def _dtype(request: Request, device: Device) -> str:
-    if request.dtype != "auto":
-        return request.dtype
+    return usual_dtype(device) if request.dtype == "auto" else request.dtype
+
+
+def usual_dtype(device: Device) -> str:
+    """What a device computes best in: bfloat16 where the hardware has it, float32 on a CPU."""
     if device.is_cuda:
         return "bfloat16" if device.sm >= 80 else "float16"
     return "float32"
@@ -118,6 +122,10 @@ def _task(request: Request, model: Model) -> str:
     if request.image:
         if IMAGE_TO_VIDEO in model.tasks:
             return IMAGE_TO_VIDEO
+        if FIRST_LAST_FRAME in model.tasks:
+            raise RequestError(
+                f"last_image is missing: the model {model.name} needs a first and a last picture"
+            )
         raise RequestError(
             f"image: the model {model.name} makes videos from text alone; leave it out, or choose "
             "an image-to-video model"

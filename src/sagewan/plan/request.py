@@ -32,7 +32,7 @@ class Ends:
     def parse(cls, text: str) -> "Ends":
         mode, _, counts = text.partition(":")
         first, comma, last = counts.partition(",")
-        if not (comma and first.isdigit() and last.isdigit()):
+        if not (comma and first.isdecimal() and last.isdecimal()):
             raise RequestError(
                 f"attention_ends={text}: write MODE:FIRST,LAST, such as sageattn_3:2,1"
             )
@@ -112,6 +112,8 @@ class Request:
     def _check_pairs(self) -> None:
         if self.last_image and not self.image:
             raise RequestError("last_image needs image as well: give the first picture too")
+        if self.last_image and self.frames == 1:
+            raise RequestError("frames=1: a first and a last picture need at least 5 frames")
         if (self.attention_ends or self.attention_keep_layers) and self.attention is None:
             raise RequestError(
                 "attention_ends and attention_keep_layers change a chosen mode: "
@@ -134,7 +136,7 @@ def field_names() -> tuple[str, ...]:
 def parse_size(text: str) -> tuple[int, int]:
     """``1280x720`` → (1280, 720)."""
     width, _, height = text.lower().replace("×", "x").partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal()):
         raise RequestError(f"size={text}: write WIDTHxHEIGHT, such as 1280x720")
     return int(width), int(height)
 
@@ -142,7 +144,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def parse_layers(text: str) -> tuple[int, ...]:
     """``0,39`` → (0, 39)."""
     parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):
         raise RequestError(f"attention_keep_layers={text}: write layer numbers, such as 0,39")
     return tuple(sorted({int(part) for part in parts}))
 

@@ -1,0 +1,1 @@
+"""Loads, launches, proves and remembers the implementations that a plan chose."""

@@ -1,0 +1,106 @@
+"""Remembers self-tests between runs, for exactly the machine and versions they were made with."""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from sagewan.attention.worker import self_test_from
+from sagewan.plan.catalogue import Implementation, row_named, rows_of
+from sagewan.plan.evidence import Evidence, SelfTest
+from sagewan.plan.hardware import Device, Hardware
+from sagewan.plan.modes import MODES
+
+logger = logging.getLogger(__name__)
+
+# What another moment may answer otherwise is not remembered.
+_PASSING = ("self-test-no-memory",)
+
+
+def load_evidence(device: Device, hardware: Hardware) -> Evidence:
+    """The self-tests that were stored for this device with these versions."""
+    stored = _read(_path())
+    evidence = Evidence()
+    for row in (row for mode in MODES for row in rows_of(mode)):
+        values = stored.get(_key(row, device, hardware))
+        if values is not None:
+            evidence = _with(evidence, row, values)
+    return evidence
+
+
+def store(test: SelfTest, device: Device, hardware: Hardware) -> None:
+    """Remember a self-test. A folder that can't be written only costs the time to test again."""
+    if test.objection and test.objection.code in _PASSING:
+        return
+    path = _path()
+    stored = {**_read(path), _key(row_named(test.implementation), device, hardware): asdict(test)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(stored, indent=1))
+    except OSError as error:
+        logger.warning("the self-test of %s was not stored: %s", test.implementation, error)
+
+
+def _path() -> Path:
+    folder = os.environ.get("SAGEWAN_CACHE") or platformdirs.user_cache_dir("sagewan")
+    return Path(folder) / "self-tests.json"
+
+
+def _key(row: Implementation, device: Device, hardware: Hardware) -> str:
+    """Everything that a result may depend on."""
+    triton = hardware.packages.get("triton") or hardware.packages.get("triton-windows")
+    package = hardware.packages.get(row.package) if row.package else None
+    parts = {
+        "row": row.name,
+        "device": device.name,
+        "driver": hardware.driver if device.is_cuda else None,
+        "torch": hardware.packages.get("torch"),
+        "cuda": hardware.torch_cuda,
+        "triton": triton,
+        row.package or "package": package,
+        "sagewan": hardware.packages.get("sagewan"),
+    }
+    return "; ".join(f"{name} {value}" for name, value in parts.items() if value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s is ignored: %s", path, error)
+        return {}
+    if isinstance(stored, dict):
+        return stored
+    logger.warning("%s is ignored: it holds no table", path)
+    return {}
+
+
+def _with(evidence: Evidence, row: Implementation, values: Mapping[str, Any]) -> Evidence:
+    try:
+        test = self_test_from(values)
+        if test.objection:
+            test.objection.sentence()
+    except (TypeError, KeyError, AttributeError) as error:
+        logger.warning("the stored self-test of %s is ignored: %r", row.name, error)
+        return evidence
+    return evidence.with_test(test)
+
+
+def _write(path: Path, text: str) -> None:
+    """Beside, then renamed: a reader never sees half a file."""
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise

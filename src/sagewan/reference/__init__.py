@@ -1,0 +1,1 @@
+"""What is right, in plain torch: float64 formulas, and emulations exact in their formats."""

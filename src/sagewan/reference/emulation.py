@@ -1,0 +1,223 @@
+"""The quantised modes of attention, emulated with their exact formats on any device.
+
+One loop, :func:`_online_softmax`, runs over blocks of keys as a kernel does, because P is rounded
+block by block: ``block_n`` and the order of the keys change the last digits. Products are float32
+matmuls of values that are exact in their formats. After SageAttention (arXiv:2410.02367),
+SageAttention2 (arXiv:2411.10958) and SageAttention3 (arXiv:2505.11594).
+
+All functions: q [B, H, N, D], k and v [B, Hk, M, D] with H a multiple of Hk, any float dtype
+→ [B, H, N, D] in q's dtype; with ``return_lse`` also the log-sum-exp [B, H, N] in float32.
+``scale`` defaults to D**-0.5. Inputs are never changed.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sagewan.reference import formats
+
+_SCORES = 2**24
+
+Round = Callable[[Tensor], Tensor]
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """Operands in their formats, as float32. q [B, H, N, D] holds scale·log₂e; k, v [B, Hk, M, D].
+
+    ``q_means`` [B, H, blocks, D] are what was subtracted from each ``block_m`` rows of q, and
+    ``k_exact`` the smoothed, unrounded k that they are multiplied with.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_exact: Tensor
+    q_means: Tensor | None = None
+
+
+def sageattn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    block_m: int = 128,
+    block_n: int = 64,
+    return_lse: bool = False,
+) -> Result:
+    """INT8 Q·Kᵀ with a scale per block, K minus its mean, 16-bit P·V."""
+    scaled, smooth = _scale(q, scale), _minus_mean(k)
+    sixteen = _sixteen_bit(q)
+    operands = _Prepared(
+        q=formats.int8(scaled, block_m).value(),
+        k=formats.int8(smooth, block_n).value(),
+        v=sixteen(v),
+        k_exact=smooth,
+    )
+    return _finish(q, k, scaled, _online_softmax(operands, sixteen, block_m, block_n), return_lse)
+
+
+def sageattn_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    block_m: int = 128,
+    block_n: int = 64,
+    return_lse: bool = False,
+) -> Result:
+    """Finely scaled INT8 Q·Kᵀ, Q and K smoothed and rotated, 16-bit P·V."""
+    scaled, sixteen = _scale(q, scale), _sixteen_bit(q)
+    operands = _fine_int8(scaled, k, sixteen(v), block_m)
+    return _finish(q, k, scaled, _online_softmax(operands, sixteen, block_m, block_n), return_lse)
+
+
+def sageattn_3_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    block_m: int = 128,
+    block_n: int = 64,
+    return_lse: bool = False,
+) -> Result:
+    """Q·Kᵀ as :func:`sageattn_3`; P·V in e4m3, P times 448 and V scaled per channel."""
+    scaled = _scale(q, scale)
+    operands = _fine_int8(scaled, k, formats.e4m3_per_channel(v).value(), block_m)
+    return _finish(q, k, scaled, _online_softmax(operands, _p_e4m3, block_m, block_n), return_lse)
+
+
+def sageattn_3_fp4(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    block_m: int = 128,
+    block_n: int = 64,
+    return_lse: bool = False,
+) -> Result:
+    """NVFP4 in both products: Q smoothed per block, K by its mean, P scaled at two levels."""
+    scaled, smooth = _scale(q, scale), _minus_mean(k)
+    centred, q_means = _minus_block_means(scaled, block_m)
+    operands = _Prepared(
+        q=formats.nvfp4(centred).value(),
+        k=formats.nvfp4(smooth).value(),
+        v=formats.nvfp4(v.mT).value().mT,  # scales run along the keys, which P·V sums over
+        k_exact=smooth,
+        q_means=q_means,
+    )
+    return _finish(q, k, scaled, _online_softmax(operands, _p_nvfp4, block_m, block_n), return_lse)
+
+
+def _fine_int8(scaled: Tensor, k: Tensor, v: Tensor, block_m: int) -> _Prepared:
+    smooth, rotated = formats.rotate(_minus_mean(k)), formats.rotate(scaled)
+    q_mean = rotated.mean(-2, keepdim=True)
+    return _Prepared(
+        q=formats.int8(rotated - q_mean, 1).value(),
+        k=formats.int8(smooth, 1).value(),
+        v=v,
+        k_exact=smooth,
+        q_means=q_mean.expand(-1, -1, -(-rotated.shape[-2] // block_m), -1),
+    )
+
+
+def _scale(q: Tensor, scale: float | None) -> Tensor:
+    """q in float32 times the softmax scale and log₂e, so that exponentials are powers of two."""
+    return q.float() * ((q.shape[-1] ** -0.5 if scale is None else scale) * math.log2(math.e))
+
+
+def _minus_mean(k: Tensor) -> Tensor:
+    return k.float() - k.float().mean(-2, keepdim=True)
+
+
+def _minus_block_means(q: Tensor, block_m: int) -> tuple[Tensor, Tensor]:
+    """q [B, H, N, D] minus the mean of each ``block_m`` rows, and those means [B, H, blocks, D]."""
+    count = q.shape[-2]
+    blocks = F.pad(q, (0, 0, 0, -count % block_m)).unflatten(-2, (-1, block_m))
+    rows = torch.full((blocks.shape[-3], 1), float(block_m), device=q.device)
+    rows[-1] -= -count % block_m
+    means = blocks.sum(-2) / rows
+    return q - means.repeat_interleave(block_m, -2)[..., :count, :], means
+
+
+def _sixteen_bit(q: Tensor) -> Round:
+    """Rounding to the 16-bit format that P·V multiplies in: q's own, float16 for wider inputs."""
+    dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    return lambda x: x.to(dtype).float()
+
+
+def _p_e4m3(p: Tensor) -> Tensor:
+    # P is at most 1: times 448 it uses the whole range and small probabilities don't underflow.
+    return formats.e4m3(p * formats.E4M3_MAX) / formats.E4M3_MAX
+
+
+def _p_nvfp4(p: Tensor) -> Tensor:
+    # Level one takes each row's maximum to 448·6, so that level two, e4m3, uses its whole range.
+    top = p.amax(-1, keepdim=True).clamp(min=1e-30)
+    return formats.nvfp4(p, top / (formats.E4M3_MAX * formats.E2M1_MAX)).value()
+
+
+def _online_softmax(
+    operands: _Prepared, round_p: Round, block_m: int, block_n: int
+) -> tuple[Tensor, Tensor]:
+    """→ output [B, H, N, D] and the base-2 log-sum-exp [B, H, N], both float32."""
+    batch, heads, count, _ = operands.q.shape
+    rows = max(1, _SCORES // (batch * heads * block_n * block_m)) * block_m
+    outputs, sums = [], []
+    for start in range(0, count, rows):
+        means = operands.q_means
+        if means is not None:
+            means = means[..., start // block_m : (start + rows) // block_m, :]
+        q = operands.q[..., start : start + rows, :]
+        output, total = _rows_of_output(q, means, operands, round_p, (block_m, block_n))
+        outputs.append(output)
+        sums.append(total)
+    return torch.cat(outputs, 2), torch.cat(sums, 2)
+
+
+def _rows_of_output(
+    q: Tensor, means: Tensor | None, operands: _Prepared, round_p: Round, blocks: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    block_m, block_n = blocks
+    highest = q.new_full((*q.shape[:-1], 1), -math.inf)
+    total = torch.zeros_like(highest)
+    output = torch.zeros_like(q)
+    for start in range(0, operands.k.shape[-2], block_n):
+        keys = slice(start, start + block_n)
+        scores = _product(q, operands.k[..., keys, :].mT)
+        if means is not None:
+            correction = _product(means, operands.k_exact[..., keys, :].mT)
+            scores += correction.repeat_interleave(block_m, -2)[..., : q.shape[-2], :]
+        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        rescale = torch.exp2(highest - new_highest)
+        p = torch.exp2(scores - new_highest)
+        total = total * rescale + p.sum(-1, keepdim=True)
+        output = output * rescale + _product(round_p(p), operands.v[..., keys, :])
+        highest = new_highest
+    return output / total, (highest + total.log2()).squeeze(-1)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows [B, H, N, K] @ matrix [B, Hk, K, L], each key head serving H/Hk query heads."""
+    grouped = rows.reshape(rows.shape[0], matrix.shape[1], -1, rows.shape[3]) @ matrix
+    return grouped.reshape(*rows.shape[:3], matrix.shape[3])
+
+
+def _finish(
+    q: Tensor, k: Tensor, scaled: Tensor, result: tuple[Tensor, Tensor], return_lse: bool
+) -> Result:
+    output, total = result
+    if not return_lse:
+        return output.to(q.dtype)
+    # Subtracting K's mean took q·mean from every score of a row.
+    removed = _product(scaled, k.float().mean(-2, keepdim=True).mT).squeeze(-1)
+    return output.to(q.dtype), (total + removed) * math.log(2)

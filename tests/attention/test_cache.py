@@ -1,0 +1,125 @@
+"""Self-tests are remembered for exactly their machine and versions, and never half written."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sagewan.attention.cache import load_evidence, store
+from sagewan.plan.evidence import SelfTest
+from sagewan.plan.hardware import Hardware
+from sagewan.plan.objection import Objection
+from tests.machines import machine
+
+ROW = "comfy_kitchen.int8_attention"
+HARDWARE = replace(
+    machine("H100", torch="2.13.0", triton="3.7.1", comfy_kitchen="0.2.40", sagewan="0.1"),
+    driver="580.1",
+)
+H100 = HARDWARE.devices[0]
+PASSED = SelfTest(implementation=ROW, error=0.0117, limit=0.035, milliseconds=3.5)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SAGEWAN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def failed(code: str) -> SelfTest:
+    objection = Objection(code, {"error": "it broke"})
+    return SelfTest(
+        implementation=ROW, error=None, limit=0.06, milliseconds=None, objection=objection
+    )
+
+
+def test_what_is_stored_is_found_again() -> None:
+    assert load_evidence(H100, HARDWARE).tests == {}
+    store(PASSED, H100, HARDWARE)
+    assert load_evidence(H100, HARDWARE).tests == {ROW: PASSED}
+
+
+def test_an_objection_is_stored_with_its_values() -> None:
+    store(failed("self-test-crashed"), H100, HARDWARE)
+    objection = load_evidence(H100, HARDWARE).objection(ROW)
+    assert objection is not None
+    assert "it broke" in objection.sentence()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(HARDWARE, driver="590.2"),
+        replace(HARDWARE, torch_cuda="12.6"),
+        *(
+            replace(HARDWARE, packages={**HARDWARE.packages, name: "9"})
+            for name in ("torch", "triton", "comfy-kitchen", "sagewan")
+        ),
+    ],
+)
+def test_another_version_of_anything_is_tested_again(other: Hardware) -> None:
+    store(PASSED, H100, HARDWARE)
+    assert load_evidence(H100, other).tests == {}
+
+
+def test_another_gpu_is_tested_again() -> None:
+    store(PASSED, H100, HARDWARE)
+    assert load_evidence(replace(H100, name="NVIDIA H200"), HARDWARE).tests == {}
+    # The same card with less memory free, or in another slot, is the same card.
+    assert load_evidence(replace(H100, index=3, memory_free=1), HARDWARE).tests
+
+
+def test_packages_of_other_rows_do_not_matter() -> None:
+    store(PASSED, H100, HARDWARE)
+    other = replace(HARDWARE, packages={**HARDWARE.packages, "sageattention": "2.2.0"})
+    assert load_evidence(H100, other).tests
+
+
+def test_too_little_memory_is_not_remembered() -> None:
+    store(failed("self-test-no-memory"), H100, HARDWARE)
+    assert load_evidence(H100, HARDWARE).tests == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00\xff", '{"a": 1}'])
+def test_a_corrupt_file_is_ignored_and_replaced(
+    folder: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.mkdir()
+    path = folder / "self-tests.json"
+    path.write_text(content, encoding="utf-8")
+    with caplog.at_level(logging.WARNING):
+        assert load_evidence(H100, HARDWARE).tests == {}
+    assert bool(caplog.records) == (content != '{"a": 1}')
+    store(PASSED, H100, HARDWARE)
+    assert load_evidence(H100, HARDWARE).tests
+
+
+@pytest.mark.parametrize(
+    "values", [1, {}, {"objection": 3}, {"objection": {"code": "no-such-code", "values": {}}}]
+)
+def test_a_corrupt_entry_is_ignored(
+    folder: Path, values: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    store(PASSED, H100, HARDWARE)
+    path = folder / "self-tests.json"
+    (key,) = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({key: values}), encoding="utf-8")
+    assert load_evidence(H100, HARDWARE).tests == {}
+    assert ROW in caplog.text
+
+
+def test_nothing_is_left_beside_the_file(folder: Path) -> None:
+    store(PASSED, H100, HARDWARE)
+    store(PASSED, replace(H100, name="another"), HARDWARE)
+    assert [path.name for path in folder.iterdir()] == ["self-tests.json"]
+    assert len(json.loads((folder / "self-tests.json").read_text(encoding="utf-8"))) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_only_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write_text("a file is in the way", encoding="utf-8")
+    store(PASSED, H100, HARDWARE)
+    assert "was not stored" in caplog.text

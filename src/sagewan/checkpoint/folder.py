@@ -1,0 +1,292 @@
+"""A diffusers folder of a Wan model → what it is, as values. Reads JSON and headers; no torch.
+
+The layout is the one diffusers' ``save_pretrained`` writes: ``model_index.json`` names the
+components, each in a folder of its own with a config and safetensors weights. A folder may add
+``sagewan.json`` (the settings it was trained for) and ``vocabulary.json`` (the words it knows).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sagewan.checkpoint.architecture import Architecture
+from sagewan.checkpoint.files import check_weights, read_json
+from sagewan.errors import CheckpointError
+from sagewan.plan.models import (
+    FIRST_LAST_FRAME,
+    IMAGE_TO_VIDEO,
+    PUBLISHED,
+    TEXT_TO_VIDEO,
+    Model,
+    Sampling,
+)
+from sagewan.plan.request import SCHEDULERS
+
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+
+_SCHEDULERS = {
+    "UniPCMultistepScheduler": "unipc",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "FlowMatchEulerDiscreteScheduler": "flow-euler",
+    "FlowMatchLCMScheduler": "lcm",
+}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder with its ``model_index.json``, which :func:`open_folder` has checked."""
+
+    path: Path
+    index: Mapping[str, Any]
+
+    def has(self, component: str) -> bool:
+        """Whether the index names this component; an absent one is written as two nulls."""
+        entry = self.index.get(component)
+        return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The config of a component; CheckpointError if its folder or config is missing."""
+        if not (self.path / component).is_dir():
+            raise CheckpointError(f"{self.path} has no folder {component}: fetch the model again")
+        return read_json(self.path / component / "config.json")
+
+    def checked_config(self, component: str, class_name: str) -> dict[str, Any]:
+        """The config of a diffusers component, which must be of this class."""
+        config = self.config(component)
+        if config.get("_class_name") != class_name:
+            raise CheckpointError(
+                f"{self.path / component / 'config.json'} describes "
+                f"{config.get('_class_name', 'no model')}, and a Wan model has {class_name}"
+            )
+        return config
+
+
+def open_folder(path: Path) -> Folder:
+    """The folder, if it is a diffusers folder of a Wan pipeline; CheckpointError if not."""
+    index_path = path / "model_index.json"
+    if not index_path.exists():
+        raise CheckpointError(
+            f"model={path}: this folder has no model_index.json, so it is not a diffusers folder; "
+            "choose the folder that holds that file"
+        )
+    index = read_json(index_path)
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise CheckpointError(
+            f"{index_path} describes {pipeline}; Wan models are {' or '.join(PIPELINES)}"
+        )
+    return Folder(path, index)
+
+
+def read_model(path: Path, name: str | None = None) -> Model:
+    """The model in a diffusers folder, every file of which is there and whole.
+
+    Raises CheckpointError, one sentence, for anything else. Reads some kilobytes.
+    """
+    folder = open_folder(path)
+    config = folder.checked_config("transformer", "WanTransformer3DModel")
+    architecture = Architecture.of(config, path / "transformer" / "config.json")
+    model = _with_sampling(_described(folder, architecture, name or path.name), folder)
+    for component, stem in _weights(folder, model):
+        check_weights(path / component, stem)
+    return model
+
+
+def _described(folder: Folder, architecture: Architecture, name: str) -> Model:
+    vae = folder.checked_config("vae", "AutoencoderKLWan")
+    channels = _count(vae, "z_dim", 16, folder.path / "vae")
+    _check_text_encoder(folder, architecture)
+    expand_timesteps = bool(folder.index.get("expand_timesteps"))
+    boundary = _boundary(folder)
+    if boundary is not None:
+        _check_second_expert(folder, architecture)
+    if architecture.image_dim is not None and not folder.has("image_encoder"):
+        raise CheckpointError(
+            f"{folder.path}: its transformer wants CLIP's view of a picture, and model_index.json "
+            "names no image_encoder: fetch the model again"
+        )
+    return Model(
+        name=name,
+        family="wan",
+        tasks=_tasks(folder, architecture, channels, expand_timesteps),
+        layers=architecture.num_layers,
+        heads=architecture.num_attention_heads,
+        head_dim=architecture.attention_head_dim,
+        ffn=architecture.ffn_dim,
+        in_channels=architecture.in_channels,
+        latent_channels=channels,
+        # Wan 2.1's VAE was published before its config held the factors: these are its own.
+        spatial=_count(vae, "scale_factor_spatial", 8, folder.path / "vae"),
+        temporal=_count(vae, "scale_factor_temporal", 4, folder.path / "vae"),
+        patch=architecture.patch_size,
+        image_encoder=architecture.image_dim is not None,
+        expand_timesteps=expand_timesteps,
+        experts=1 if boundary is None else 2,
+        boundary=boundary,
+        parameters=architecture.parameters,
+        location=folder.path,
+        words=_words(folder.path),
+    )
+
+
+def _tasks(
+    folder: Folder, architecture: Architecture, channels: int, expand_timesteps: bool
+) -> tuple[str, ...]:
+    """The tasks follow from the channels the transformer takes: the noisy latents alone, or
+    with the latents of a picture and the mask (one channel for each of 4 frames) beside them."""
+    if expand_timesteps:
+        return (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)
+    if architecture.in_channels == channels:
+        return (TEXT_TO_VIDEO,)
+    if architecture.in_channels != 2 * channels + 4:
+        raise CheckpointError(
+            f"{folder.path / 'transformer' / 'config.json'}: in_channels is "
+            f"{architecture.in_channels}; beside a VAE of {channels} channels Wan takes "
+            f"{channels} (text to video) or {2 * channels + 4} (image to video)"
+        )
+    if architecture.image_dim is None:
+        return (IMAGE_TO_VIDEO, FIRST_LAST_FRAME)
+    # The table of positions spans the tokens of both pictures: such a model can't take one.
+    return (IMAGE_TO_VIDEO,) if architecture.pos_embed_seq_len is None else (FIRST_LAST_FRAME,)
+
+
+def _check_text_encoder(folder: Folder, architecture: Architecture) -> None:
+    config = folder.config("text_encoder")
+    path = folder.path / "text_encoder" / "config.json"
+    if config.get("model_type") != "umt5":
+        raise CheckpointError(
+            f"{path} describes {config.get('model_type', 'no model')}, and Wan reads text with umt5"
+        )
+    if config.get("d_model") != architecture.text_dim:
+        raise CheckpointError(
+            f"{path}: d_model is {config.get('d_model')}, and the transformer takes text of "
+            f"{architecture.text_dim} features: these are parts of two models"
+        )
+    if not any((folder.path / "tokenizer").glob("*.json")):
+        raise CheckpointError(f"{folder.path} has no folder tokenizer: fetch the model again")
+
+
+def _boundary(folder: Folder) -> float | None:
+    """Where the second expert begins, for a model that has one."""
+    boundary = folder.index.get("boundary_ratio")
+    if boundary is None and not folder.has("transformer_2"):
+        return None
+    if boundary is None or not folder.has("transformer_2"):
+        raise CheckpointError(
+            f"{folder.path / 'model_index.json'}: two experts want both transformer_2 and "
+            "boundary_ratio, and only one of them is there: fetch this file again"
+        )
+    if not isinstance(boundary, float | int) or not 0 <= boundary <= 1:
+        raise CheckpointError(
+            f"{folder.path / 'model_index.json'}: boundary_ratio is {boundary!r}, not from 0 to 1"
+        )
+    return float(boundary)
+
+
+def _check_second_expert(folder: Folder, first: Architecture) -> None:
+    config = folder.checked_config("transformer_2", "WanTransformer3DModel")
+    if Architecture.of(config, folder.path / "transformer_2" / "config.json") != first:
+        raise CheckpointError(
+            f"{folder.path}: transformer and transformer_2 have different shapes, so they are not "
+            "the two experts of one model"
+        )
+
+
+def _weights(folder: Folder, model: Model) -> Iterator[tuple[str, str]]:
+    """The components with weights, and the stem of their files."""
+    yield "transformer", DIFFUSERS_STEM
+    if model.experts == 2:
+        yield "transformer_2", DIFFUSERS_STEM
+    yield "vae", DIFFUSERS_STEM
+    yield "text_encoder", TRANSFORMERS_STEM
+    if model.image_encoder:
+        folder.config("image_encoder")
+        read_json(folder.path / "image_processor" / "preprocessor_config.json")
+        yield "image_encoder", TRANSFORMERS_STEM
+
+
+def _with_sampling(model: Model, folder: Folder) -> Model:
+    """The settings to use where the user names none: the folder's own, else those of the
+    published model it equals, else those of the nearest with the shift of its scheduler."""
+    own = folder.path / "sagewan.json"
+    if own.exists():
+        settings = read_json(own)
+        return replace(
+            model,
+            family=str(settings.get("family", model.family)),
+            sampling=_own_sampling(settings, own),
+        )
+    near = nearest(model)
+    if near.parameters == model.parameters and near.layers == model.layers:
+        return replace(model, family=near.family, sampling=near.sampling)
+    return replace(model, family=near.family, sampling=_rescheduled(near.sampling, folder))
+
+
+def nearest(model: Model) -> Model:
+    """The published model most like this one: first in what it does, then in size."""
+
+    def distance(published: Model) -> tuple[int, float]:
+        traits = ("tasks", "experts", "image_encoder", "expand_timesteps")
+        differing = sum(getattr(published, name) != getattr(model, name) for name in traits)
+        return differing, abs(published.parameters - model.parameters)
+
+    return min(PUBLISHED.values(), key=distance)
+
+
+def _rescheduled(sampling: Sampling, folder: Folder) -> Sampling:
+    path = folder.path / "scheduler" / "scheduler_config.json"
+    if not path.exists():
+        return sampling
+    config = read_json(path)
+    shift = config.get("flow_shift", config.get("shift"))
+    scheduler = _SCHEDULERS.get(str(config.get("_class_name")), sampling.scheduler)
+    if not isinstance(shift, float | int) or shift <= 0:
+        return replace(sampling, scheduler=scheduler)
+    return replace(sampling, scheduler=scheduler, shift=float(shift))
+
+
+def _own_sampling(settings: Mapping[str, Any], path: Path) -> Sampling:
+    scheduler = settings.get("scheduler", "unipc")
+    if scheduler not in SCHEDULERS:
+        raise CheckpointError(
+            f"{path}: scheduler is {scheduler!r}, none of {', '.join(SCHEDULERS)}"
+        )
+    try:
+        return Sampling(
+            size=(int(settings["width"]), int(settings["height"])),
+            frames=int(settings["frames"]),
+            fps=int(settings["fps"]),
+            steps=int(settings["steps"]),
+            cfg=float(settings["cfg"]),
+            shift=float(settings["shift"]),
+            scheduler=scheduler,
+            negative=str(settings.get("negative", "")),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error.args[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds something that is no number ({error})") from None
+
+
+def _words(path: Path) -> Mapping[str, tuple[str, ...]]:
+    """The words by kind, those of every language together; empty where any word will do."""
+    vocabulary = path / "vocabulary.json"
+    if not vocabulary.exists():
+        return {}
+    words: dict[str, tuple[str, ...]] = {}
+    for kinds in read_json(vocabulary).values():
+        if not isinstance(kinds, dict):
+            raise CheckpointError(f"{vocabulary} must hold words by language and kind")
+        for kind, listed in kinds.items():
+            words[kind] = (*words.get(kind, ()), *map(str, listed))
+    return words
+
+
+def _count(config: Mapping[str, Any], key: str, default: int, folder: Path) -> int:
+    value = config.get(key, default)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{folder / 'config.json'}: {key} is {value!r}, which is no count")
+    return value

@@ -1,0 +1,192 @@
+"""Plan → components: the models of a folder, each loaded when it is its turn and freed after.
+
+diffusers' and transformers' classes are used as they are, and load themselves from safetensors;
+the hub is never asked. The transformer has the plan's dtype, but for the modules that diffusers
+keeps in float32; the VAE and the CLIP image encoder are float32, as diffusers' examples advise.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sagewan.attention.launch import Launcher
+from sagewan.errors import CheckpointError
+from sagewan.model.attention import Attention
+from sagewan.plan.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Part:
+    """One model of a run. Weights that keep their dtype stay in the file's pages, so loading
+    again costs little, and a part that waits for its turn costs no memory of its own.
+
+    ``weight_bytes`` is what its weights take in memory, 0 until it is first loaded.
+    """
+
+    name: str
+    load: Callable[[], Any]
+    weight_bytes: int = 0
+
+    @contextmanager
+    def on(self, device: str) -> Iterator[Any]:
+        """The module in evaluation mode on ``device``, freed at the end of the block.
+
+        Raises CheckpointError if a weight is missing or has another shape than the config says.
+        """
+        logger.info("loading %s", self.name)
+        module = self.load().eval().requires_grad_(False).to(device)
+        self.weight_bytes = sum(weight.nbytes for weight in module.parameters())
+        try:
+            yield module
+        finally:
+            # Dropping the name is not enough: whoever still holds the module, if only the
+            # traceback of an error, would hold its memory.
+            module.to("meta")
+            if device != "cpu":
+                torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """The parts of a run. ``transformers`` has two for Wan 2.2 A14B: high noise, low noise."""
+
+    tokenizer: Any
+    text_encoder: Part
+    vae: Part
+    transformers: tuple[Part, ...]
+    image_encoder: Part | None
+    image_processor: Any
+    attention: Attention
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the transformers that have run."""
+        return sum(part.weight_bytes for part in self.transformers)
+
+
+def build(plan: Plan, launcher: Launcher) -> Components:
+    """Components of the plan's model, whose self-attention runs through ``launcher``.
+
+    Loads the tokenizer; the models follow when they are used.
+    """
+    location = plan.model.location
+    if location is None:
+        raise CheckpointError(f"model={plan.model.name}: only its name is known, not its files")
+    attention = Attention(launcher)
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    names = ("transformer", "transformer_2")[: plan.model.experts]
+    with_picture = plan.model.image_encoder
+    return Components(
+        tokenizer=_tokenizer(location),
+        text_encoder=Part("text_encoder", lambda: _text_encoder(location, dtype)),
+        vae=Part("vae", lambda: _vae(location)),
+        transformers=tuple(_expert(location, name, dtype, attention) for name in names),
+        image_encoder=Part("image_encoder", lambda: _image_encoder(location))
+        if with_picture
+        else None,
+        image_processor=_image_processor(location) if with_picture else None,
+        attention=attention,
+    )
+
+
+def _expert(location: Path, name: str, dtype: torch.dtype, attention: Attention) -> Part:
+    def load() -> Any:
+        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+        transformer = _loaded(WanTransformer3DModel, location / name, dtype)
+        attention.install(transformer)
+        return transformer
+
+    return Part(name, load)
+
+
+def _vae(location: Path) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    return _loaded(AutoencoderKLWan, location / "vae", torch.float32)
+
+
+def _text_encoder(location: Path, dtype: torch.dtype) -> Any:
+    from transformers import UMT5EncoderModel
+
+    # UMT5 was trained in bfloat16 and leaves float16's range, also on cards that compute in it.
+    half = dtype == torch.float16
+    return _loaded(UMT5EncoderModel, location / "text_encoder", torch.bfloat16 if half else dtype)
+
+
+def _image_encoder(location: Path) -> Any:
+    from transformers import CLIPVisionModel
+
+    return _loaded(CLIPVisionModel, location / "image_encoder", torch.float32)
+
+
+def _tokenizer(location: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{location / 'tokenizer'} can't be read ({error})") from error
+
+
+def _image_processor(location: Path) -> Any:
+    import transformers
+
+    # Newer releases have two, and the one on Pillow needs no torchvision.
+    pillow = hasattr(transformers, "CLIPImageProcessorPil")
+    processor = getattr(transformers, "CLIPImageProcessorPil" if pillow else "CLIPImageProcessor")
+    return processor.from_pretrained(location / "image_processor", local_files_only=True)
+
+
+def _loaded(model: Any, folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        with _quietly():
+            module, found = model.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that they are told as the missing ones are
+                output_loading_info=True,
+            )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{folder} can't be loaded ({first}): fetch it again") from error
+    return _whole(module, found, folder)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Neither library draws its own progress bars into ours, nor tells what we refuse."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    with ExitStack() as stack:
+        for library in (of_diffusers, of_transformers):
+            stack.callback(library.set_verbosity, library.get_verbosity())
+            library.set_verbosity_error()
+            if library.is_progress_bar_enabled():
+                stack.callback(library.enable_progress_bar)
+                library.disable_progress_bar()
+        yield
+
+
+def _whole(module: Any, found: dict[str, Any], folder: Path) -> Any:
+    """Refuse what the libraries only log: a weight left at random is a video of noise."""
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of its weights, such as {missing[0]}: fetch it again"
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        raise CheckpointError(
+            f"{folder}: {mismatched[0][0]} has another shape than config.json says: fetch it again"
+        )
+    return module

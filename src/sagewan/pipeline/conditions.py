@@ -1,0 +1,144 @@
+"""What the transformer is told beside the noisy latents: the text, and the pictures.
+
+The numbers are those of diffusers' WanPipeline and WanImageToVideoPipeline (0.42).
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ftfy
+import torch
+from torch import Tensor
+
+from sagewan.pipeline.build import Components
+from sagewan.plan.models import TEXT_TOKENS
+from sagewan.plan.plan import Plan, Steps
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Tensors on the plan's device.
+
+    ``prompt`` and ``negative`` [1, 512, D], the latter None where no step is guided; ``picture``
+    CLIP's tokens [P, 257, D] of P pictures (Wan 2.1); ``latents`` what is known of the video's
+    latents, float32: for Wan 2.1 and A14B the mask and the picture's latents, put beside the
+    noisy ones as channels [1, 4 + C, F, H, W]; for TI2V the first frame's [1, C, 1, H, W].
+    """
+
+    prompt: Tensor
+    negative: Tensor | None = None
+    picture: Tensor | None = None
+    latents: Tensor | None = None
+
+
+@torch.inference_mode()
+def encode(components: Components, plan: Plan, pictures: "Mapping[str, Image]") -> Conditions:
+    """Text and pictures → conditions. ``pictures`` by the request's fields, ``image`` and
+    ``last_image``, as ``load_picture`` gives them; empty for text to video."""
+    device = plan.device.torch_name
+    with components.text_encoder.on(device) as encoder:
+        prompt = encode_text(plan.request.prompt, components.tokenizer, encoder)
+        negative = None
+        if guided(plan.steps):
+            negative = encode_text(plan.negative, components.tokenizer, encoder)
+    if not pictures:
+        return Conditions(prompt=prompt, negative=negative)
+    ordered = [pictures[name] for name in ("image", "last_image") if name in pictures]
+    picture = None
+    if components.image_encoder is not None:
+        with components.image_encoder.on(device) as encoder:
+            picture = encode_pictures(ordered, components.image_processor, encoder)
+    with components.vae.on(device) as vae:
+        latents = encode_frames(ordered, plan, vae)
+    return Conditions(prompt=prompt, negative=negative, picture=picture, latents=latents)
+
+
+def guided(steps: Steps) -> bool:
+    """Whether any step is guided, so that the negative prompt plays a part."""
+    return steps.cfg > 1 or (steps.cfg_2 is not None and steps.cfg_2 > 1)
+
+
+def clean(text: str) -> str:
+    """Broken Unicode repaired, HTML entities resolved twice, white space made single."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def encode_text(text: str, tokenizer: Any, encoder: Any) -> Tensor:
+    """UMT5's features [1, 512, D], zero behind the last token; longer text is cut at 512."""
+    tokens = tokenizer(
+        [clean(text)],
+        padding="max_length",
+        max_length=TEXT_TOKENS,
+        truncation=True,
+        add_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    mask = tokens.attention_mask.to(encoder.device)
+    features: Tensor = encoder(tokens.input_ids.to(encoder.device), mask).last_hidden_state
+    return features.masked_fill(mask.unsqueeze(-1) == 0, 0)
+
+
+def encode_pictures(pictures: "Sequence[Image]", processor: Any, encoder: Any) -> Tensor:
+    """CLIP's last layer but one, [P, 257, D] float32. The processor resizes on its own."""
+    pixels = processor(images=list(pictures), return_tensors="pt").pixel_values
+    states = encoder(pixels.to(encoder.device), output_hidden_states=True).hidden_states
+    features: Tensor = states[-2]
+    return features
+
+
+def encode_frames(pictures: "Sequence[Image]", plan: Plan, vae: Any) -> Tensor:
+    """The pictures' part in the latents, float32; see :class:`Conditions` for its two shapes."""
+    frames = [_pixels(picture, plan).to(vae.device) for picture in pictures]
+    if plan.model.expand_timesteps:
+        return normalized(vae.encode(frames[0]).latent_dist.mode(), vae)
+    first, last = frames[0], frames[1:]
+    blank = first.new_zeros(1, 3, plan.frames - len(frames), *first.shape[3:])
+    video = torch.cat([first, blank, *last], dim=2)
+    latents = normalized(vae.encode(video).latent_dist.mode(), vae)
+    return torch.cat([_known(latents, plan, bool(last)), latents], dim=1)
+
+
+def normalized(latents: Tensor, vae: Any) -> Tensor:
+    """The VAE's latents [1, C, F, H, W] with the mean and deviation the transformer expects."""
+    mean, deviation = _statistics(vae, latents)
+    return (latents - mean) * (1.0 / deviation)
+
+
+def denormalized(latents: Tensor, vae: Any) -> Tensor:
+    """The inverse of :func:`normalized`."""
+    mean, deviation = _statistics(vae, latents)
+    return latents / (1.0 / deviation) + mean
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    values = (vae.config.latents_mean, vae.config.latents_std)
+    mean, deviation = (torch.tensor(value).view(1, -1, 1, 1, 1).to(like) for value in values)
+    return mean, deviation
+
+
+def _pixels(picture: "Image", plan: Plan) -> Tensor:
+    """A picture resized to the grid, [1, 3, 1, H, W] in −1 … 1, by diffusers' own processor."""
+    from diffusers.video_processor import VideoProcessor
+
+    width, height = plan.grid_size
+    processor = VideoProcessor(vae_scale_factor=plan.model.spatial)
+    pixels: Tensor = processor.preprocess(picture, height=height, width=width)
+    return pixels.float().unsqueeze(2)
+
+
+def _known(latents: Tensor, plan: Plan, with_last: bool) -> Tensor:
+    """The mask [1, 4, F, H, W]: 1 where a frame is given. The four channels of a latent frame
+    are its four frames; the first latent frame has one frame, which fills all four."""
+    _, _, count, height, width = latents.shape
+    known = latents.new_zeros(1, count * plan.model.temporal, height, width)
+    known[:, : plan.model.temporal] = 1
+    if with_last:
+        known[:, -1] = 1
+    by_latent: Tensor = known.unflatten(1, (count, plan.model.temporal))
+    return by_latent.transpose(1, 2)

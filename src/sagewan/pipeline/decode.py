@@ -1,0 +1,65 @@
+"""Latents → frames, by diffusers' VAE, one latent frame at a time."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sagewan.pipeline.build import Components
+from sagewan.pipeline.conditions import denormalized
+from sagewan.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@torch.inference_mode()
+def decode(components: Components, plan: Plan, latents: Tensor) -> "Iterator[NDArray[np.uint8]]":
+    """Latents [1, C, F, H, W] → the video's frames, uint8 RGB [height, width, 3], one by one.
+
+    A latent frame is decoded when its first frame is asked for, so only a few frames are in
+    memory, and a caller may stop between two. Frames are cut from the grid about their centre to
+    the plan's size, so that what stood in the middle stays there.
+    """
+    with components.vae.on(plan.device.torch_name) as vae:
+        for piece in decode_pieces(latents, vae):
+            yield from _cropped(_bytes(piece), plan.size).cpu().numpy()
+
+
+def decode_pieces(latents: Tensor, vae: Any) -> Iterator[Tensor]:
+    """Float32 pieces [1, 3, f, H, W] in −1 … 1; put together they are ``vae.decode``'s result.
+
+    The first latent frame gives one frame, each later one four.
+
+    The decoder is causal: between two latent frames it carries on what each of its convolutions
+    saw last. That memory is an argument of it, and a list of ours.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+
+    hidden = vae.post_quant_conv(denormalized(latents.to(vae.device, vae.dtype), vae))
+    convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    memory: list[Any] = [None] * convolutions
+    for index in range(hidden.shape[2]):
+        piece = vae.decoder(
+            hidden[:, :, index : index + 1],
+            feat_cache=memory,
+            feat_idx=[0],
+            first_chunk=index == 0,
+        )
+        if vae.config.patch_size is not None:
+            piece = unpatchify(piece, patch_size=vae.config.patch_size)
+        yield piece.clamp(-1, 1)
+
+
+def _bytes(piece: Tensor) -> Tensor:
+    """[1, 3, f, H, W] in −1 … 1 → uint8 [f, H, W, 3], rounded; what is not a number is black."""
+    levels = (piece[0].permute(1, 2, 3, 0).float() * 0.5 + 0.5) * 255
+    return levels.nan_to_num(0).round().to(torch.uint8)
+
+
+def _cropped(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    width, height = size
+    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+    return frames[:, top : top + height, left : left + width]

@@ -1,0 +1,179 @@
+"""Noise → latents: the loop over the steps, for every Wan model."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sagewan.model.attention import Turn
+from sagewan.pipeline.build import Components
+from sagewan.pipeline.conditions import Conditions
+from sagewan.pipeline.progress import Watch
+from sagewan.pipeline.schedulers import TRAIN_STEPS, Sampler, make_sampler
+from sagewan.plan.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a run can go on from: everything ready for ``step`` (from 0), and finite."""
+
+    step: int
+    latents: Tensor
+    sampler: Sampler
+
+
+class NotFinite(Exception):
+    """The latents stopped being finite in ``snapshot.step``; the snapshot was taken before it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__(f"the latents stopped being finite at step {snapshot.step + 1}")
+        self.snapshot = snapshot
+
+    @property
+    def step(self) -> int:
+        """The step that spoilt the latents, from 0."""
+        return self.snapshot.step
+
+
+@torch.inference_mode()
+def denoise(
+    components: Components,
+    plan: Plan,
+    conditions: Conditions,
+    watch: Watch,
+    *,
+    resume: Snapshot | None = None,
+) -> Tensor:
+    """The video's latents, float32 [1, C, F, H, W] on the plan's device.
+
+    Noise comes from the plan's seed, drawn on the CPU in float32, so it is the same on every
+    device. Raises NotFinite after a step that gave NaN or infinite values; ``resume`` takes
+    its snapshot and goes on from there, by the plan given now. Raises Cancelled within a block.
+    """
+    state = resume or start(plan)
+    latents, sampler = state.latents, state.sampler.copy()
+    turn = Turn(plan.attention, len(sampler.times), watch.check)
+    watch.stage("denoise", turn.steps)
+    with components.attention.during(turn), _experts(components, plan) as expert:
+        for step in range(state.step, turn.steps):
+            before = Snapshot(step, latents, sampler.copy())
+            turn.step, time = step, sampler.times[step]
+            index = expert_of(float(time), plan)
+            forward = _Forward(expert(index), plan, conditions)
+            prediction = forward.guided(latents, time, _guidance(index, plan))
+            latents = sampler.step(prediction, time, latents)
+            if not torch.isfinite(latents).all():
+                raise NotFinite(before)
+            watch.step(step + 1)
+    return _with_first_frame(latents, plan, conditions)
+
+
+def start(plan: Plan) -> Snapshot:
+    """The noise of the plan's seed, before the first step."""
+    generator = torch.Generator("cpu").manual_seed(plan.seed)
+    latents = torch.randn(latent_shape(plan), generator=generator, dtype=torch.float32)
+    device = plan.device.torch_name
+    sampler = make_sampler(
+        plan.steps.scheduler,
+        shift=plan.steps.shift,
+        steps=plan.steps.count,
+        generator=generator,
+        device=device,
+    )
+    return Snapshot(0, latents.to(device), sampler)
+
+
+def latent_shape(plan: Plan) -> tuple[int, int, int, int, int]:
+    """(1, channels, frames, rows, columns) of the latents."""
+    model, (width, height) = plan.model, plan.grid_size
+    frames = (plan.frames - 1) // model.temporal + 1
+    return 1, model.latent_channels, frames, height // model.spatial, width // model.spatial
+
+
+def expert_of(time: float, plan: Plan) -> int:
+    """0 for the first transformer, which has the noisy times; 1 for the second, below them."""
+    boundary = plan.steps.boundary
+    return 0 if boundary is None or time >= boundary * TRAIN_STEPS else 1
+
+
+def _guidance(index: int, plan: Plan) -> float:
+    second = plan.steps.cfg_2
+    return plan.steps.cfg if index == 0 or second is None else second
+
+
+@contextmanager
+def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any]]:
+    """A function that gives the transformer of an index, with only that one in memory."""
+    with ExitStack() as stack:
+        held: dict[int, Any] = {}
+
+        def expert(index: int) -> Any:
+            if index not in held:
+                held.clear()
+                stack.close()
+                part = components.transformers[index]
+                held[index] = stack.enter_context(part.on(plan.device.torch_name))
+            return held[index]
+
+        yield expert
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """One transformer with the conditions of a run."""
+
+    transformer: Any
+    plan: Plan
+    conditions: Conditions
+
+    def guided(self, latents: Tensor, time: Tensor, scale: float) -> Tensor:
+        """The predicted flow, float32: with classifier-free guidance where ``scale`` > 1."""
+        given = self._predict(latents, time, self.conditions.prompt)
+        if scale <= 1 or self.conditions.negative is None:
+            return given
+        without = self._predict(latents, time, self.conditions.negative)
+        return without + scale * (given - without)
+
+    def _predict(self, latents: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        dtype = self.transformer.dtype
+        picture = self.conditions.picture
+        prediction: Tensor = self.transformer(
+            hidden_states=self._inputs(latents).to(dtype),
+            timestep=self._times(latents, time),
+            encoder_hidden_states=text.to(dtype),
+            encoder_hidden_states_image=None if picture is None else picture.to(dtype),
+            return_dict=False,
+        )[0]
+        # The schedulers return latents in the prediction's dtype, and they are to stay float32.
+        return prediction.float()
+
+    def _inputs(self, latents: Tensor) -> Tensor:
+        known = self.conditions.latents
+        if known is None:
+            return latents
+        if self.plan.model.expand_timesteps:
+            return _with_first_frame(latents, self.plan, self.conditions)
+        return torch.cat([latents, known], dim=1)
+
+    def _times(self, latents: Tensor, time: Tensor) -> Tensor:
+        """[1], or for TI2V [1, tokens]: a token of the given first frame has time 0."""
+        if not self.plan.model.expand_timesteps:
+            return time.expand(1)
+        _, rows, columns = self.plan.model.patch
+        times = time.float().expand(latents.shape[2:])[:, ::rows, ::columns].clone()
+        if self.conditions.latents is not None:
+            times[0] = 0
+        return times.reshape(1, -1)
+
+
+def _with_first_frame(latents: Tensor, plan: Plan, conditions: Conditions) -> Tensor:
+    """TI2V's latents with the given first frame in its place; any others as they are."""
+    if not plan.model.expand_timesteps or conditions.latents is None:
+        return latents
+    return torch.cat([conditions.latents, latents[:, :, 1:]], dim=2)

@@ -8,8 +8,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sagewan.attention import attend
     from sagewan.pipeline import generate
+    from sagewan.pipeline.attend import attend
     from sagewan.plan.request import Request
 
 __version__ = "0.1.0.dev0"
@@ -17,7 +17,7 @@ __all__ = ["Request", "__version__", "attend", "generate"]
 
 # Named lazily, so that the command line answers --help without importing torch.
 _HOMES = {
-    "attend": "sagewan.attention",
+    "attend": "sagewan.pipeline.attend",
     "generate": "sagewan.pipeline",
     "Request": "sagewan.plan.request",
 }

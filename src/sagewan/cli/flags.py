@@ -1,0 +1,129 @@
+"""One flag for each field of a request, matched by name."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sagewan.errors import RequestError
+from sagewan.plan.models import DEMO, PUBLISHED
+from sagewan.plan.modes import AUTO, MODES, PRESETS
+from sagewan.plan.request import SCHEDULERS, Ends, Request, parse_layers, parse_size
+from sagewan.plan.serialize import field_types, fields_from_json
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What --help says of a field: its value's name, a sentence, and a one-letter form."""
+
+    metavar: str
+    help: str
+    short: str | None = None
+
+
+FLAGS: Mapping[str, Flag] = {
+    "prompt": Flag("PROMPT", "what the video should show, in English or Chinese"),
+    "negative": Flag("TEXT", "what it should not show (default: the model's own)"),
+    "model": Flag("MODEL", f"a diffusers folder, or {', '.join((DEMO, *PUBLISHED))}", "m"),
+    "image": Flag("FILE", "the first picture; cropped to the video's proportions", "i"),
+    "last_image": Flag("FILE", "the last picture, for models that take it"),
+    "output": Flag("FILE", "the video, an .mp4; replaced if it exists (sagewan.mp4)", "o"),
+    "preset": Flag("PRESET", f"a starting point: {', '.join(PRESETS)}", "p"),
+    "attention": Flag("MODE", f"{', '.join((*MODES, AUTO))} (auto)", "a"),
+    "attention_ends": Flag("MODE:N,M", "another mode for the first N and last M steps"),
+    "attention_keep_layers": Flag("0,39", "layers that keep the mode of --attention-ends"),
+    "steps": Flag("N", "denoising steps"),
+    "cfg": Flag("SCALE", "classifier-free guidance; 1 turns it off"),
+    "cfg_2": Flag("SCALE", "guidance of the second expert (Wan 2.2 A14B)"),
+    "boundary": Flag("0-1", "noise level where the second expert takes over (Wan 2.2 A14B)"),
+    "shift": Flag("SHIFT", "shift of the noise schedule; more for larger videos"),
+    "scheduler": Flag("NAME", ", ".join(SCHEDULERS)),
+    "seed": Flag("N", "the same seed makes the same video (default: drawn, and told)"),
+    "size": Flag("WxH", "width and height in pixels, such as 1280x720"),
+    "frames": Flag("N", "length in frames, 4n+1"),
+    "fps": Flag("N", "frames per second of the file"),
+    "device": Flag("DEVICE", "auto, cpu, cuda or cuda:N"),
+    "dtype": Flag("DTYPE", "auto, bfloat16, float16 or float32"),
+    "strict": Flag("", "fail (exit 3) where another attention mode would have to take over"),
+    "emulate": Flag("", "emulate attention this machine has no hardware for: slow, exact"),
+    "metadata": Flag("", "keep the settings, with the paths they name, inside the video"),
+    "report": Flag("FILE", "write what ran, as JSON"),
+}
+
+
+def _whole_number(text: str) -> int:
+    if not text.removeprefix("-").isdecimal():
+        raise ValueError(text)
+    return int(text)
+
+
+# From a flag's text to a field's value; ValueError where it is not one.
+_PARSE: Mapping[Any, tuple[Callable[[str], Any], str]] = {
+    str: (str, "text"),
+    int: (_whole_number, "a whole number"),
+    float: (float, "a number"),
+    Path: (Path, "a file"),
+    Ends: (Ends.parse, "MODE:FIRST,LAST"),
+    tuple[int, int]: (parse_size, "WIDTHxHEIGHT"),
+    tuple[int, ...]: (parse_layers, "layer numbers"),
+}
+
+
+def flag_of(field: str) -> str:
+    """``last_image`` → ``--last-image``."""
+    return "--" + field.replace("_", "-")
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """The prompt by position, other fields as flags, and --from; only what is given is set."""
+    parser.add_argument("prompt", nargs="?", default=argparse.SUPPRESS, help=FLAGS["prompt"].help)
+    parser.add_argument(
+        "--from",
+        dest="from_video",
+        type=Path,
+        metavar="VIDEO",
+        help="take the settings from a video that sagewan made; flags given here override them",
+    )
+    for field, flag in FLAGS.items():
+        if field == "prompt":
+            continue
+        names = [flag_of(field)] + ([f"-{flag.short}"] if flag.short else [])
+        if field_types()[field] is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(*names, action=action, default=argparse.SUPPRESS, help=flag.help)
+        else:
+            parser.add_argument(
+                *names, metavar=flag.metavar, default=argparse.SUPPRESS, help=flag.help
+            )
+
+
+def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) -> Request:
+    """The request that the flags make, on top of the settings in the --from video if there is one.
+
+    ``prompt`` stands in where none is given. Raises RequestError, one sentence with the fix.
+    """
+    values: dict[str, Any] = {}
+    if arguments.from_video:
+        from sagewan.pipeline.export import read_settings
+
+        values = fields_from_json(read_settings(arguments.from_video))
+    given = vars(arguments)
+    values |= {field: _parsed(field, given[field]) for field in FLAGS if field in given}
+    if "prompt" not in values:
+        if prompt is None:
+            raise RequestError('prompt is missing: say what to show, such as "a red ball"')
+        values["prompt"] = prompt
+    return Request(**values)
+
+
+def _parsed(field: str, value: str | bool) -> Any:
+    if isinstance(value, bool):
+        return value
+    parse, kind = _PARSE[field_types()[field]]
+    try:
+        return parse(value)
+    except RequestError:
+        raise
+    except ValueError:
+        raise RequestError(f"{field}={value}: write {kind}") from None

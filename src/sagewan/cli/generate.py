@@ -1,0 +1,106 @@
+"""``sagewan generate``."""
+
+import argparse
+import contextlib
+import logging
+import signal
+import sqlite3
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from sagewan.cli.flags import add_request_flags, request_from
+from sagewan.cli.show import duration, shown
+from sagewan.pipeline.progress import Watch
+
+if TYPE_CHECKING:
+    from sagewan.jobs.store import Store
+    from sagewan.pipeline.run import Result
+    from sagewan.plan.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fields of a request."""
+    add_request_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the video, record the run, and say in one line what ran."""
+    request = request_from(arguments)
+    watch = Watch()
+    with stopped_by_signals(watch), shown(watch):
+        result = _run(request, watch)
+    print(summary(result))
+    return 0
+
+
+def _run(request: "Request", watch: Watch) -> "Result":
+    from sagewan.jobs.run import run_job
+    from sagewan.pipeline.run import generate
+
+    store = _open_store()
+    if store is None:
+        return generate(request, watch=watch)
+    with store:
+        return run_job(store, request, watch)
+
+
+def _open_store() -> "Store | None":
+    from sagewan.jobs.store import Store, default_path
+
+    path = default_path()
+    try:
+        return Store(path)
+    except (OSError, sqlite3.Error) as error:
+        logger.warning("this run is not recorded: %s can't be used (%s)", path, error)
+        return None
+
+
+def summary(result: "Result") -> str:
+    """``ball.mp4: 17 frames 256x256, sdpa (torch.sdpa, flash) 256 of 256 calls, 9.8 s, seed 1``."""
+    report = result.report
+    ran = report["attention"]["ran"]
+    calls = sum(row["calls"] for row in ran)
+    rows = []
+    for row in ran:
+        how = ", ".join(filter(None, (row["implementation"], row["torch_backend"])))
+        rows.append(f"{row['mode']} ({how}) {row['calls']} of {calls} calls")
+    width, height = report["output"]["size"]
+    return (
+        f"{result.path}: {report['output']['frames']} frames {width}x{height}, "
+        f"{', '.join(rows)}{_asked(report)}, {duration(report['timings']['total'])}, "
+        f"seed {result.plan.seed}"
+    )
+
+
+def _asked(report: Mapping[str, Any]) -> str:
+    """What was asked for, where something else ran, so that nobody overlooks it."""
+    requested = report["attention"]["requested"]
+    fallbacks = report["attention"]["fallbacks"]
+    return f" instead of {requested}" if fallbacks else ""
+
+
+@contextlib.contextmanager
+def stopped_by_signals(watch: Watch) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block at once, with nothing partial left.
+
+    The interrupt is raised here and now; where a library swallows it, the watch still ends the
+    run at its next check, which comes with each transformer block. An impatient second one would
+    only disturb the removal of what is partial.
+    """
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            watch.cancel()
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,80 @@
+"""``sagewan jobs``: the record of the runs."""
+
+import argparse
+import json
+import sqlite3
+import time
+from dataclasses import asdict
+from typing import Any
+
+from sagewan.cli.show import duration
+from sagewan.errors import RequestError
+from sagewan.jobs.store import Job, Store, default_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """list (the default), show ID, cancel ID."""
+    parser.add_argument("action", nargs="?", choices=("list", "show", "cancel"), default="list")
+    parser.add_argument("id", nargs="?", type=int, help="the job's number, for show and cancel")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="list the latest N")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the records, or ask a job to stop."""
+    if (arguments.action == "list") is not (arguments.id is None):
+        wanted = "no number" if arguments.action == "list" else "the job's number"
+        raise RequestError(f"jobs {arguments.action} takes {wanted}; see sagewan jobs list")
+    try:
+        with Store(default_path()) as store:
+            _ACTIONS[arguments.action](store, arguments)
+    except (OSError, sqlite3.Error) as error:
+        raise RequestError(
+            f"the jobs in {default_path()} can't be read ({error}); set SAGEWAN_DATA to a folder "
+            "that can be written"
+        ) from error
+    return 0
+
+
+def _list(store: Store, arguments: argparse.Namespace) -> None:
+    jobs = store.jobs(arguments.limit)
+    if arguments.json:
+        print(json.dumps([asdict(job) for job in jobs], indent=2))
+        return
+    for job in jobs:
+        print(f"{job.id:5}  {_when(job.created)}  {job.state:<9}  {job.request['prompt']}")
+
+
+def _show(store: Store, arguments: argparse.Namespace) -> None:
+    job = store.job(arguments.id)
+    if arguments.json:
+        events = [asdict(event) for event in store.events(job.id)]
+        print(json.dumps({**asdict(job), "events": events}, indent=2))
+        return
+    for name, value in _lines(job):
+        print(f"{name:<9} {value}")
+    for event in store.events(job.id):
+        total = "" if event.total is None else f" {event.done}/{event.total}"
+        print(f"{_when(event.at)}  {event.stage}{total}")
+
+
+def _cancel(store: Store, arguments: argparse.Namespace) -> None:
+    state = store.cancel(arguments.id)
+    print(f"job {arguments.id}: {'asked to stop' if state == 'running' else 'cancelled'}")
+
+
+_ACTIONS = {"list": _list, "show": _show, "cancel": _cancel}
+
+
+def _lines(job: Job) -> list[tuple[str, Any]]:
+    lines: list[tuple[str, Any]] = [("job", job.id), ("state", job.state)]
+    lines += [(name, value) for name, value in job.request.items() if value not in (None, [])]
+    if job.started and job.finished:
+        lines.append(("took", duration(job.finished - job.started)))
+    if job.error:
+        lines.append(("error", job.error))
+    return lines
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

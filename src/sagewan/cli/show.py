@@ -1,0 +1,127 @@
+"""What a run looks like on a terminal, and in a log file; all of it on stderr."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sagewan.pipeline.progress import DECIDE, Event, Watch
+from sagewan.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+# Lines a counted stage may take where there is no terminal to redraw a bar on.
+_LINES = 10
+
+
+class StderrHandler(logging.Handler):
+    """Warnings as lines. Looks stderr up at each line, which a progress bar redirects."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"sagewan: {record.getMessage()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def shown(watch: Watch) -> Iterator[None]:
+    """Show the watch's progress and this package's warnings while the block runs."""
+    logger = logging.getLogger("sagewan")
+    handler = StderrHandler(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with _bar(watch) if sys.stderr.isatty() else _lines(watch):
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class Notes:
+    """Tells what the plan wants told, each sentence once, however often it is made again."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def tell(self, plan: Plan) -> None:
+        drawn = f"{plan.model.name}, {plan.size[0]}x{plan.size[1]}, {plan.frames} frames, "
+        drawn += f"{plan.steps.count} steps, seed {plan.seed}, on {plan.device.name}"
+        for note in (drawn, *plan.notes):
+            if note not in self._told:
+                self._told.add(note)
+                print(f"sagewan: {note}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _lines(watch: Watch) -> Iterator[None]:
+    notes = Notes()
+
+    def show(event: Event) -> None:
+        if event.plan:
+            notes.tell(event.plan)
+        elif event.stage == DECIDE:
+            pass  # A moment; a refusal is to stand alone.
+        elif event.total is None or event.done == 0:
+            print(f"sagewan: {event.stage}", file=sys.stderr)
+        elif event.done * _LINES // event.total != (event.done - 1) * _LINES // event.total:
+            print(f"sagewan: {event.stage} {progress_text(event)}", file=sys.stderr)
+
+    watch.listen(show)
+    yield
+
+
+@contextlib.contextmanager
+def _bar(watch: Watch) -> Iterator[None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        watch.listen(_BarListener(progress))
+        yield
+
+
+class _BarListener:
+    """One bar, for the stage under way."""
+
+    def __init__(self, progress: "Progress") -> None:
+        self._progress = progress
+        self._notes = Notes()
+        self._stage: str | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        if event.plan:
+            self._notes.tell(event.plan)
+            return
+        if event.stage != self._stage or self._task is None:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._stage = event.stage
+            self._task = self._progress.add_task(event.stage, total=event.total, text="")
+        text = progress_text(event) if event.total and event.done else ""
+        self._progress.update(self._task, completed=event.done, total=event.total, text=text)
+
+
+def progress_text(event: Event) -> str:
+    """``4/16, 0.31 s/step, 4.0 s left``."""
+    text = f"{event.done}/{event.total}"
+    if event.done:
+        text += f", {event.seconds / event.done:.2f} s/step"
+    if event.seconds_left is not None:
+        text += f", {duration(event.seconds_left)} left"
+    return text
+
+
+def duration(seconds: float) -> str:
+    """``9.8 s``, ``2 min 05 s``, ``1 h 02 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

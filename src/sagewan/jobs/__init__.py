@@ -1,0 +1,1 @@
+"""A durable record of every run: what was asked, how it went, and how it ended."""

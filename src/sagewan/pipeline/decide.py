@@ -1,0 +1,101 @@
+"""From a request to a plan that nothing is left to prove in; what was learnt comes along."""
+
+import logging
+from dataclasses import dataclass
+
+from sagewan.pipeline.progress import Watch
+from sagewan.plan.catalogue import ROWS, Implementation, rows_of
+from sagewan.plan.evidence import Evidence
+from sagewan.plan.hardware import Hardware
+from sagewan.plan.models import Model
+from sagewan.plan.modes import MODES
+from sagewan.plan.objection import Objection
+from sagewan.plan.plan import Plan, make_plan
+from sagewan.plan.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A plan, and all it was made from, so that it can be made again when more is known."""
+
+    request: Request
+    model: Model
+    hardware: Hardware
+    evidence: Evidence
+    plan: Plan
+
+    def after(self, failures: dict[str, Objection]) -> "Decision":
+        """The decision once these implementations, by name, are known to fail."""
+        evidence = self.evidence
+        for name, objection in failures.items():
+            evidence = evidence.with_failure(name, objection)
+        return decide(self.request, self.model, self.hardware, evidence=evidence)
+
+
+def decide(
+    request: Request,
+    model: Model,
+    hardware: Hardware,
+    *,
+    evidence: Evidence | None = None,
+    watch: Watch | None = None,
+) -> Decision:
+    """Make the plan; prove on the device what it wants proved, and make it again, until it stands.
+
+    ``evidence`` left out is what earlier runs on this device have stored. Raises as
+    :func:`sagewan.plan.plan.make_plan`; that refusal comes before anything heavy is imported.
+    """
+    if evidence is None:
+        evidence = _stored_evidence(request, hardware)
+    plan = make_plan(request, model, hardware, evidence)
+    while plan.attention.unproven:
+        for row in plan.attention.unproven:
+            if watch:
+                watch.stage(f"self-test of {row.name}")
+            evidence = _prove(row, plan, hardware, evidence)
+        plan = make_plan(request, model, hardware, evidence)
+    return Decision(request=request, model=model, hardware=hardware, evidence=evidence, plan=plan)
+
+
+def _stored_evidence(request: Request, hardware: Hardware) -> Evidence:
+    from sagewan.attention.cache import load_evidence
+
+    return load_evidence(hardware.device(request.device), hardware)
+
+
+def _prove(row: Implementation, plan: Plan, hardware: Hardware, evidence: Evidence) -> Evidence:
+    """Evidence with the self-test of one row, which is stored for the next run as well."""
+    from sagewan.attention.cache import store
+    from sagewan.attention.self_test import self_test
+
+    test = self_test(row, plan.device)
+    if test.objection:
+        logger.warning("%s can't be used: %s", row.name, test.objection.sentence())
+    store(test, plan.device, hardware)
+    return evidence.with_test(test)
+
+
+def blame(plan: Plan, step: int) -> Implementation | None:
+    """The least precise row that ran at this step (from 0); None if all there was is exact."""
+    rows = {
+        plan.attention.choice(step, plan.steps.count, layer).row
+        for layer in range(plan.model.layers)
+    }
+    least = min(rows, key=lambda row: (MODES[row.mode].quality, row.name))
+    return None if least.mode == "sdpa" else least
+
+
+def not_finite(row: Implementation, step: int) -> dict[str, Objection]:
+    """What NaN at a step (from 0) says: against all rows of its mode, and the coarser modes."""
+    failed = {
+        other.name: Objection("run-not-finite", {"step": str(step + 1)})
+        for other in rows_of(row.mode, emulate=True)
+    }
+    coarser = {
+        other.name: Objection("less-precise", {"mode": row.mode})
+        for other in ROWS
+        if MODES[other.mode].quality < MODES[row.mode].quality
+    }
+    return {**coarser, **failed}

@@ -1,0 +1,39 @@
+"""The last look at a video: black, constant or not finite is never a success."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Of 255. A decoder's rounding keeps black below 8; a picture with anything in it spreads further
+# than 2 around one value.
+BLACK = 8
+SPREAD = 2
+
+
+@dataclass
+class FrameGuard:
+    """Watches frames go by, uint8 [H, W, 3], and says at the end what is wrong with them all."""
+
+    _low: "NDArray[np.uint8] | None" = field(default=None, init=False)
+    _high: "NDArray[np.uint8] | None" = field(default=None, init=False)
+
+    def see(self, frame: "NDArray[np.uint8]") -> None:
+        """One more frame."""
+        import numpy as np
+
+        low, high = frame.min(axis=(0, 1)), frame.max(axis=(0, 1))
+        self._low = low if self._low is None else np.minimum(self._low, low)
+        self._high = high if self._high is None else np.maximum(self._high, high)
+
+    def objection(self) -> str | None:
+        """What the video is, if it is no video: ``black`` or ``one constant colour``."""
+        if self._low is None or self._high is None:
+            return None
+        if int(self._high.max()) <= BLACK:
+            return "black"
+        if int((self._high - self._low).max()) <= SPREAD:
+            return "one constant colour"
+        return None

@@ -1,0 +1,114 @@
+"""What ran, in the form of report.json: asked, planned, counted, measured, written."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sagewan import __version__
+from sagewan.pipeline.export import Video
+from sagewan.pipeline.files import written_whole
+from sagewan.pipeline.progress import Timings
+from sagewan.plan.catalogue import ROWS
+from sagewan.plan.hardware import Hardware
+from sagewan.plan.plan import Plan
+from sagewan.plan.serialize import plan_to_json, request_to_json
+
+
+@dataclass(frozen=True)
+class Change:
+    """A step down from one mode or implementation to another, and the reason in one line."""
+
+    source: str
+    target: str
+    why: str
+
+    def sentence(self) -> str:
+        return f"attention: {self.source} gives way to {self.target}: {self.why}"
+
+    def to_json(self) -> dict[str, str]:
+        return {"from": self.source, "to": self.target, "why": self.why}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What only the run could tell. Bytes; the peak is the device's, or None if unknown."""
+
+    ran: tuple[Mapping[str, Any], ...]
+    weight_bytes: int
+    peak_device_bytes: int | None
+
+
+def planned_changes(plan: Plan) -> tuple[Change, ...]:
+    """The fallbacks that the plan decided."""
+    steps = plan.attention.fallbacks
+    return tuple(Change(step.from_mode, step.to_mode, step.why()) for step in steps)
+
+
+def attention_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -> dict[str, Any]:
+    """What was asked of self-attention, what ran as the launcher counted it, and why."""
+    emulations = {row.name for row in ROWS if row.emulated}
+    return {
+        "requested": plan.attention.requested,
+        "ran": [dict(row) for row in measured.ran],
+        "fallbacks": [change.to_json() for change in changes],
+        "emulated": any(row["implementation"] in emulations for row in measured.ran),
+    }
+
+
+def software(hardware: Hardware) -> dict[str, str]:
+    """The versions that a result depends on."""
+    found = {"sagewan": __version__, "python": hardware.python, **hardware.packages}
+    if hardware.driver:
+        found["driver"] = hardware.driver
+    if hardware.torch_cuda:
+        found["cuda"] = hardware.torch_cuda
+    return found
+
+
+def make_report(
+    plan: Plan,
+    hardware: Hardware,
+    changes: Iterable[Change],
+    measured: Measured,
+    timings: Timings,
+) -> dict[str, Any]:
+    """Everything but ``output``, which is known once the file is there (:func:`output_facts`)."""
+    return {
+        "requested": request_to_json(plan.request),
+        "plan": plan_to_json(plan),
+        "attention": attention_facts(plan, changes, measured),
+        "weights": {"format": plan.dtype, "bytes": measured.weight_bytes, "compute": plan.dtype},
+        "memory": {
+            "peak_device_bytes": measured.peak_device_bytes,
+            "resident_blocks": plan.model.layers * plan.model.experts,
+            "swapped_blocks": 0,
+        },
+        "timings": {
+            "stages": dict(timings.stages),
+            "steps": list(timings.steps.get("denoise", ())),
+            "total": timings.total,
+        },
+        "software": software(hardware),
+    }
+
+
+def output_facts(path: Path, video: Video) -> dict[str, Any]:
+    """The file as it is on the disk; the size is (width, height) in pixels."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "path": str(path),
+        "frames": video.frames,
+        "size": list(video.size),
+        "fps": video.fps,
+        "sha256": digest,
+    }
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """The report as JSON, whole or not at all. RequestError if it can't be written."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

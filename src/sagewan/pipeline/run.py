@@ -1,0 +1,231 @@
+"""A whole run: prepare (refuse, decide) and execute (load, encode, denoise, decode, write)."""
+
+import logging
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sagewan.errors import RejectedError, UnsupportedError
+from sagewan.pipeline.decide import Decision, decide
+from sagewan.pipeline.export import Video, metadata_of, write_video
+from sagewan.pipeline.files import check_outputs, check_space, written_whole
+from sagewan.pipeline.guard import FrameGuard
+from sagewan.pipeline.measure import peak_device_bytes, start_measuring
+from sagewan.pipeline.progress import DECIDE, Watch
+from sagewan.pipeline.report import (
+    Change,
+    Measured,
+    attention_facts,
+    make_report,
+    output_facts,
+    planned_changes,
+    software,
+    write_report,
+)
+from sagewan.plan.evidence import Evidence
+from sagewan.plan.plan import Plan, make_plan
+from sagewan.plan.request import Request
+from sagewan.plan.serialize import plan_to_json, settings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    from sagewan.attention.launch import Launcher
+    from sagewan.pipeline.build import Components
+
+logger = logging.getLogger(__name__)
+
+# A seed that is short enough to be typed again.
+_SEEDS = 2**32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that is decided and was not refused; nothing heavy is loaded, nothing written."""
+
+    decision: Decision
+    pictures: Mapping[str, "Image"]
+
+    @property
+    def plan(self) -> Plan:
+        return self.decision.plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A video on the disk: the last plan of its run, and what report.json says of it."""
+
+    path: Path
+    plan: Plan
+    report: Mapping[str, Any]
+
+
+def generate(request: Request, *, watch: Watch | None = None) -> Result:
+    """Make a video. ``watch`` is told of the progress and can cancel.
+
+    Raises RequestError for what the request has wrong, before anything is loaded or written;
+    UnsupportedError where ``strict`` forbids what this machine would need; RejectedError for a
+    result that is not finite, black or constant (kept as NAME.rejected.mp4); Cancelled.
+    """
+    watch = watch or Watch()
+    return execute(prepare(request, watch), watch)
+
+
+def prepare(request: Request, watch: Watch) -> Prepared:
+    """Refuse what is wrong and decide the rest; a seed is drawn if none is given."""
+    from sagewan.checkpoint.find import find_model
+    from sagewan.pipeline.pictures import load_picture
+    from sagewan.pipeline.probe import probe
+
+    watch.stage(DECIDE)
+    if request.seed is None:
+        request = replace(request, seed=secrets.randbelow(_SEEDS))
+    check_outputs(request)
+    model = find_model(request.model)
+    hardware = probe()
+    # What is wrong with the request shows in a draft, before the self-tests take their time.
+    draft = make_plan(request, model, hardware, Evidence())
+    check_space(request.output, draft.size, draft.frames)
+    paths = {"image": request.image, "last_image": request.last_image}
+    pictures = {
+        name: load_picture(path, draft.grid_size, name) for name, path in paths.items() if path
+    }
+    decision = decide(request, model, hardware, watch=watch)
+    for change in planned_changes(decision.plan):
+        logger.warning("%s", change.sentence())
+    return Prepared(decision=decision, pictures=pictures)
+
+
+def execute(prepared: Prepared, watch: Watch) -> Result:
+    """Load, encode, denoise, decode and write. Raises as :func:`generate`."""
+    import torch
+
+    try:
+        return _execute(prepared, watch)
+    except torch.OutOfMemoryError as error:
+        plan = prepared.plan
+        raise UnsupportedError(
+            f"{plan.device.name} ran out of memory ({str(error).splitlines()[0]}); choose a "
+            "smaller --size, fewer --frames or a smaller model"
+        ) from error
+
+
+def _execute(prepared: Prepared, watch: Watch) -> Result:
+    from sagewan.attention.launch import Launcher
+    from sagewan.pipeline.build import build
+    from sagewan.pipeline.conditions import encode
+    from sagewan.pipeline.decode import decode
+    from sagewan.pipeline.recover import LatentsRejectedError, Recovery
+
+    plan = prepared.plan
+    watch.planned(plan)
+    launcher = Launcher()
+    start_measuring(plan.device)
+    watch.stage("load")
+    _quiet_libraries()
+    components = build(plan, launcher)
+    watch.stage("encode")
+    conditions = encode(components, plan, prepared.pictures)
+    recovery = Recovery(prepared.decision, components, conditions, watch)
+    try:
+        latents = recovery.denoise()
+    except LatentsRejectedError as error:
+        kept = _rejected_path(plan.request.output)
+        with written_whole(kept) as partial:
+            frames = decode(components, plan, error.latents)
+            write_video(partial, frames, fps=plan.fps)
+        raise RejectedError(f"{error}; the last finite latents are kept as {kept}") from error
+    changes = (*planned_changes(plan), *recovery.changes)
+    run = _Run(prepared, recovery.decision.plan, components, launcher, changes)
+    return run.deliver(latents, watch)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A denoised run, on its way to the disk."""
+
+    prepared: Prepared
+    plan: Plan
+    components: "Components"
+    launcher: "Launcher"
+    changes: tuple[Change, ...]
+
+    def deliver(self, latents: "torch.Tensor", watch: Watch) -> Result:
+        """Decode and write the video, look at it, and report."""
+        from sagewan.pipeline.decode import decode
+
+        request = self.plan.request
+        watch.stage("decode", self.plan.frames)
+        guard = FrameGuard()
+        frames = decode(self.components, self.plan, latents)
+        with written_whole(request.output) as partial:
+            video = write_video(
+                partial, _watched(frames, guard, watch), fps=self.plan.fps, metadata=self._tags()
+            )
+            if wrong := guard.objection():
+                kept = _rejected_path(request.output)
+                partial.replace(kept)
+                raise RejectedError(
+                    f"the video is {wrong}: kept as {kept}, not as a result; try another seed, "
+                    "--attention sdpa or --dtype float32"
+                )
+        report = self._report(watch, video)
+        if request.report:
+            write_report(request.report, report)
+        return Result(path=request.output, plan=self.plan, report=report)
+
+    def _measured(self) -> Measured:
+        return Measured(
+            ran=tuple(self.launcher.ran()),
+            weight_bytes=self.components.weight_bytes,
+            peak_device_bytes=peak_device_bytes(self.plan.device),
+        )
+
+    def _tags(self) -> dict[str, str]:
+        request = self.plan.request
+        if not request.metadata:
+            return {}
+        facts = {
+            "plan": plan_to_json(self.plan),
+            "attention": attention_facts(self.plan, self.changes, self._measured()),
+            "software": software(self.prepared.decision.hardware),
+        }
+        summary = (
+            f"{request.prompt} (sagewan, {self.plan.model.name}, "
+            f"attention {self.plan.attention.main.mode}, seed {self.plan.seed})"
+        )
+        return metadata_of(settings(request), facts, summary)
+
+    def _report(self, watch: Watch, video: Video) -> dict[str, Any]:
+        output = output_facts(self.plan.request.output, video)
+        hardware = self.prepared.decision.hardware
+        report = make_report(self.plan, hardware, self.changes, self._measured(), watch.timings())
+        return {**report, "output": output}
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars, one for each file, would draw over ours."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _watched(
+    frames: "Iterable[NDArray[np.uint8]]", guard: FrameGuard, watch: Watch
+) -> "Iterator[NDArray[np.uint8]]":
+    """The frames as they pass the guard; each is a step of the watch."""
+    for done, frame in enumerate(frames, start=1):
+        guard.see(frame)
+        yield frame
+        watch.step(done)
+
+
+def _rejected_path(output: Path) -> Path:
+    return output.with_suffix(f".rejected{output.suffix}")

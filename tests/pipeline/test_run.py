@@ -1,0 +1,333 @@
+"""Whole runs of the bundled model, as small as it goes; and what becomes of runs that go wrong."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from sagewan.attention.launch import Launcher
+from sagewan.errors import Cancelled, RejectedError, RequestError, UnsupportedError
+from sagewan.pipeline import Result, decode, generate
+from sagewan.pipeline.export import KEY, read_settings
+from sagewan.pipeline.progress import Event, Watch
+from sagewan.plan.request import Request
+from sagewan.plan.serialize import request_from_json
+from sagewan.reference import emulation
+
+LAYERS = 8
+STEPS = 4
+FORWARDS = 2 * STEPS  # one with the prompt and one without, each step
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small(folder: Path, **fields: object) -> Request:
+    values: dict[str, object] = {
+        "prompt": "a red ball rolls to the right",
+        "output": folder / "ball.mp4",
+        "size": (64, 64),
+        "frames": 5,
+        "steps": STEPS,
+        "seed": 3,
+        "device": "cpu",
+    }
+    return Request(**{**values, **fields})  # type: ignore[arg-type]
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def test_a_run_writes_a_video_and_tells_what_ran(tmp_path: Path) -> None:
+    report_path = tmp_path / "report.json"
+    result = generate(small(tmp_path, report=report_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ball.mp4", "report.json"]
+    assert frames_of(result.path).shape == (5, 64, 64, 3)
+    report = json.loads(report_path.read_text())
+    assert report == json.loads(json.dumps(result.report))
+    assert set(report) == {
+        "requested",
+        "plan",
+        "attention",
+        "weights",
+        "memory",
+        "timings",
+        "output",
+        "software",
+    }
+    assert report["attention"]["ran"] == [
+        {
+            "mode": "sdpa",
+            "implementation": "torch.sdpa",
+            "torch_backend": report["attention"]["ran"][0]["torch_backend"],
+            "calls": LAYERS * FORWARDS,
+        }
+    ]
+    assert report["attention"]["fallbacks"] == []
+    assert not report["attention"]["emulated"]
+    assert report["output"]["frames"] == 5
+    assert report["output"]["size"] == [64, 64]
+    assert len(report["timings"]["steps"]) == STEPS
+    assert list(report["timings"]["stages"]) == ["decide", "load", "encode", "denoise", "decode"]
+    # The demo model's weights in float32.
+    assert report["weights"]["bytes"] == report["plan"]["weight_bytes"]
+
+
+def test_a_video_made_again_from_itself_is_the_same_to_the_byte(tmp_path: Path) -> None:
+    first = generate(small(tmp_path, seed=None))
+    settings = read_settings(first.path)
+    assert settings["seed"] == first.plan.seed
+    request = request_from_json({**settings, "output": str(tmp_path / "again.mp4")})
+    again = generate(request)
+    assert again.path.read_bytes() == first.path.read_bytes()
+    other = generate(small(tmp_path, seed=first.plan.seed + 1, output=tmp_path / "other.mp4"))
+    assert not np.array_equal(frames_of(other.path), frames_of(first.path))
+
+
+def test_no_metadata_leaves_nothing_behind(tmp_path: Path) -> None:
+    result = generate(small(tmp_path, metadata=False))
+    with av.open(str(result.path)) as container:
+        assert KEY not in container.metadata
+        assert "comment" not in container.metadata
+    assert b"red ball" not in result.path.read_bytes()
+
+
+def test_a_size_off_the_grid_is_cropped(tmp_path: Path) -> None:
+    result = generate(small(tmp_path, size=(72, 50)))
+    assert result.report["output"]["size"] == [72, 50]
+    assert frames_of(result.path).shape == (5, 50, 72, 3)
+
+
+def test_a_fallback_is_told_with_its_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = generate(small(tmp_path, attention="sageattn_3_fp4"))
+    fallbacks = result.report["attention"]["fallbacks"]
+    assert [(step["from"], step["to"]) for step in fallbacks] == [
+        ("sageattn_3_fp4", "sageattn_3"),
+        ("sageattn_3", "sageattn"),
+        ("sageattn", "sdpa"),
+    ]
+    for step in fallbacks:
+        said = [line for line in caplog.messages if f"{step['from']} gives way" in line]
+        assert len(said) == 1
+        assert step["why"] in said[0]
+
+
+def test_strict_refuses_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagewan.pipeline.build.build", None)
+    with pytest.raises(UnsupportedError, match="sageattn_3_fp4"):
+        generate(small(tmp_path, attention="sageattn_3_fp4", strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_emulated_run_says_so(tmp_path: Path) -> None:
+    result = generate(small(tmp_path, attention="sageattn_3_fp8", emulate=True))
+    assert result.report["attention"]["emulated"]
+    assert result.report["attention"]["ran"][0]["implementation"] == "emulated.sageattn_3_fp8"
+    assert result.report["attention"]["ran"][0]["calls"] == LAYERS * FORWARDS
+
+
+def nan_from(step: int, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, whose result is NaN from a step (from 0) on."""
+    calls = 0
+
+    @functools.wraps(function)
+    def spoilt(*args: object, **options: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        result = function(*args, **options)
+        return result * float("nan") if calls > 2 * LAYERS * step else result
+
+    return spoilt
+
+
+def test_nan_is_resumed_from_before_it_in_a_more_precise_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(emulation, "sageattn_3", nan_from(2, emulation.sageattn_3))
+    result = generate(small(tmp_path, attention="sageattn_3", emulate=True))
+    assert result.path.exists()
+    (step,) = result.report["attention"]["fallbacks"]
+    assert (step["from"], step["to"]) == ("sageattn_3", "sdpa")
+    assert "stopped being finite at step 3" in step["why"]
+    assert sum("stopped being finite" in line for line in caplog.messages) == 1
+    calls = {row["mode"]: row["calls"] for row in result.report["attention"]["ran"]}
+    # Steps 1 to 3 in the first mode, and 3 and 4 in the other.
+    assert calls == {"sageattn_3": 3 * 2 * LAYERS, "sdpa": 2 * 2 * LAYERS}
+
+
+def test_the_resumed_run_goes_on_from_the_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode that is exact up to its failure leaves the video of a run that never failed."""
+    monkeypatch.setattr(
+        emulation, "sageattn_3", nan_from(2, torch.nn.functional.scaled_dot_product_attention)
+    )
+    plain = generate(small(tmp_path, attention="sdpa"))
+    other = tmp_path / "resumed.mp4"
+    resumed = generate(small(tmp_path, attention="sageattn_3", emulate=True, output=other))
+    assert np.array_equal(frames_of(resumed.path), frames_of(plain.path))
+
+
+def test_nan_under_strict_is_rejected_and_kept_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(emulation, "sageattn_3", nan_from(1, emulation.sageattn_3))
+    with pytest.raises(RejectedError, match=r"at step 2 of 4 .*ball\.rejected\.mp4"):
+        generate(small(tmp_path, attention="sageattn_3", emulate=True, strict=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["ball.rejected.mp4"]
+    assert frames_of(tmp_path / "ball.rejected.mp4").shape == (5, 64, 64, 3)
+
+
+def test_nan_of_exact_attention_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Launcher, "attend", lambda self, q, k, v, choice: q * float("nan"))
+    with pytest.raises(RejectedError, match="at step 1 of 4"):
+        generate(small(tmp_path))
+    assert not (tmp_path / "ball.mp4").exists()
+
+
+def test_the_run_is_repeated_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = Launcher.attend
+
+    def spoilt(self: Launcher, q: torch.Tensor, *rest: object) -> torch.Tensor:
+        return attend(self, q, *rest) * float("nan")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Launcher, "attend", spoilt)
+    events: list[Event] = []
+    with pytest.raises(RejectedError):
+        generate(
+            small(tmp_path, attention="sageattn_3_fp4", emulate=True), watch=Watch(events.append)
+        )
+    assert sum(event.stage == "denoise" and event.done == 0 for event in events) <= 3
+    assert sum(event.plan is not None for event in events) == 2
+
+
+def test_a_row_that_fails_in_use_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from sagewan.plan import catalogue
+
+    rows = tuple(
+        replace(row, trusted=False) if row.name == "emulated.sageattn_3" else row
+        for row in catalogue.ROWS
+    )
+    monkeypatch.setattr(catalogue, "ROWS", rows)
+    monkeypatch.setattr("sagewan.pipeline.decide._prove", _proved)
+    calls = 0
+
+    @functools.wraps(emulation.sageattn_3)
+    def failing(*args: object, **options: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > LAYERS:
+            raise RuntimeError("no kernel image is available")
+        return torch.zeros_like(args[0])  # type: ignore[call-overload]
+
+    monkeypatch.setattr(emulation, "sageattn_3", failing)
+    result = generate(small(tmp_path, attention="sageattn_3", emulate=True))
+    (step,) = result.report["attention"]["fallbacks"]
+    assert (step["from"], step["to"]) == ("sageattn_3", "sageattn")
+    assert "no kernel image is available" in step["why"]
+
+
+def _proved(row: object, plan: object, hardware: object, evidence: object) -> object:
+    from sagewan.plan.evidence import SelfTest
+
+    test = SelfTest(implementation=row.name, error=0.0, limit=1.0, milliseconds=1.0)  # type: ignore[attr-defined]
+    return evidence.with_test(test)  # type: ignore[attr-defined]
+
+
+def test_a_failure_of_our_own_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **options: object) -> torch.Tensor:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(emulation, "sageattn_3", broken)
+    with pytest.raises(ZeroDivisionError):
+        generate(small(tmp_path, attention="sageattn_3", emulate=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_black_video_is_kept_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def black(*_: object) -> object:
+        yield from np.zeros((5, 64, 64, 3), np.uint8)
+
+    (tmp_path / "ball.mp4").write_text("the last success")
+    monkeypatch.setattr(decode, "decode", black)
+    with pytest.raises(RejectedError, match=r"is black: kept as .*ball\.rejected\.mp4"):
+        generate(small(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ball.mp4", "ball.rejected.mp4"]
+    assert (tmp_path / "ball.mp4").read_text() == "the last success"
+
+
+@pytest.mark.parametrize("stage", ["load", "encode", "denoise", "decode"])
+def test_cancel_leaves_nothing(tmp_path: Path, stage: str) -> None:
+    def stop(event: Event) -> None:
+        if event.stage == stage:
+            watch.cancel()
+
+    watch = Watch(stop)
+    with pytest.raises(Cancelled):
+        generate(small(tmp_path), watch=watch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cancel_ends_within_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = Launcher.attend
+    calls = 0
+
+    def counted(self: Launcher, *args: object) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            watch.cancel()
+        return attend(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Launcher, "attend", counted)
+    watch = Watch()
+    with pytest.raises(Cancelled):
+        generate(small(tmp_path), watch=watch)
+    assert calls == 3
+
+
+def test_a_wrong_picture_is_refused_before_the_self_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagewan.pipeline.run.decide", None)
+    with pytest.raises(RequestError, match="no such file"):
+        generate(small(tmp_path, image=tmp_path / "missing.png"))
+
+
+def test_out_of_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
+
+    monkeypatch.setattr(Launcher, "attend", full)
+    with pytest.raises(UnsupportedError, match=r"ran out of memory .*20 GiB\..*--frames"):
+        generate(small(tmp_path))
+
+
+def test_pictures_make_a_video(tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "first.png"
+    Image.new("RGB", (64, 64), (200, 40, 30)).save(picture)
+    result: Result = generate(small(tmp_path, image=picture))
+    assert result.plan.task == "i2v"

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check package gpu docs clean
+.PHONY: demo test check package gpu triton-versions docs clean
 .DEFAULT_GOAL := demo
 
 # A video and its report from the bundled model, in out/.
@@ -26,6 +26,16 @@ package: .venv/ready
 
 gpu: .venv/ready
 	$(BIN)/pytest -m gpu
+
+# The kernels with every Triton that a supported torch brings; .venv has one of them.
+TRITONS := 3.6.0 3.7.1 3.8.0
+triton-versions: .venv/ready
+	for version in $(TRITONS); do \
+	  folder=.venv/triton-$$version; \
+	  test -d $$folder || $(BIN)/python -m pip install --quiet --no-deps --target $$folder \
+	    triton==$$version || exit 1; \
+	  PYTHONPATH=$$folder $(BIN)/pytest tests/kernels/test_ahead.py || exit 1; \
+	done
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

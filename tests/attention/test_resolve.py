@@ -1,6 +1,7 @@
 """Loading a row's function, and telling by its own account whether it is the one named."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def test_another_function_is_called_what_it_is() -> None:
     )
     assert name_of(same_package, row) == "torch.nn.functional.softmax"
     assert row.name not in name_of(functools.partial(planted), row)
+
+
+def test_an_emulation_in_place_of_our_kernel_is_called_what_it_is() -> None:
+    emulation = row_named("emulated.sageattn_3")
+    kernel = replace(emulation, name="kernel", call="sagewan.kernels.some_file:sageattn_3")
+    assert name_of(load(emulation), emulation) == "emulated.sageattn_3"
+    assert name_of(load(emulation), kernel) == "sagewan.reference.emulation.sageattn_3"
 
 
 def test_an_error_is_told_in_one_line() -> None:

@@ -229,3 +229,8 @@ def test_the_original_layout_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "WanModel"}')
     with pytest.raises(CheckpointError, match="Wan-AI's original layout"):
         find_model(str(tmp_path))
+
+
+def test_a_folder_of_somebody_unknown_is_one_sentence() -> None:
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        find_model("~nobody-of-this-name")

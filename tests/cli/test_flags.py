@@ -113,3 +113,11 @@ def test_the_settings_of_a_video_are_overridden_by_flags(monkeypatch: pytest.Mon
     )
     other = parsed("--from", "v.mp4", "a box", "--seed", "4", "--no-strict")
     assert (other.prompt, other.seed, other.steps, other.strict) == ("a box", 4, 4, False)
+
+
+def test_a_video_does_not_choose_the_files_that_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planted = {"prompt": "a ball", "output": "/etc/passwd", "report": "/home/me/.bashrc"}
+    monkeypatch.setattr(export, "read_settings", lambda path: planted)
+    assert parsed("--from", "v.mp4") == Request(prompt="a ball")

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from sagewan import __version__
+from sagewan.cli.generate import _asked, stopped_by_signals
 from sagewan.cli.show import duration, progress_text
 from sagewan.errors import RejectedError
 from sagewan.pipeline import run as pipeline_run
-from sagewan.pipeline.progress import Event
+from sagewan.pipeline.progress import Event, Watch
 from sagewan.plan.models import PUBLISHED
 from tests.cli.conftest import Said, seconds_of_children
 
@@ -116,7 +117,7 @@ def test_a_run_says_in_one_line_what_ran(
     assert str(job["request"]["seed"]) == seed
     shown = sagewan("jobs", "show", "1").out
     assert "a red ball" in shown
-    assert sagewan("jobs", "cancel", "1").code == 1
+    assert "is done: there is nothing to cancel" in sagewan("jobs", "cancel", "1").err
 
     again = sagewan("generate", "--from", "ball.mp4", "-o", "again.mp4")
     assert again.code == 0, again.err
@@ -168,7 +169,9 @@ def test_a_database_that_can_not_be_used_is_a_warning(
     assert sagewan("jobs").code == 2
 
 
-@pytest.mark.parametrize("words", [["show"], ["list", "3"], ["show", "77"], ["show", "x"]])
+@pytest.mark.parametrize(
+    "words", [["show"], ["list", "3"], ["show", "77"], ["show", "x"], ["list", "--limit", "0"]]
+)
 def test_wrong_questions_about_jobs(words: list[str], sagewan: Run) -> None:
     said = sagewan("jobs", *words)
     assert said.code == 2
@@ -176,8 +179,9 @@ def test_wrong_questions_about_jobs(words: list[str], sagewan: Run) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_exits_130_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_exits_130_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    number = getattr(signal, name)
     process = started("generate", "a red ball", "-o", str(tmp_path / "b.mp4"), "--steps", "900")
     assert process.stderr is not None
     lines = []
@@ -196,6 +200,53 @@ def test_a_signal_exits_130_and_leaves_nothing(tmp_path: Path, number: signal.Si
     assert list(tmp_path.iterdir()) == []
     # A block of the demo takes some hundredths of a second; the rest is the interpreter's end.
     assert took < 3, f"{took:.1f} s"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopped_by_signals(Watch()):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_warnings_of_every_command_are_lines_of_ours(
+    sagewan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAGEWAN_CACHE", str(tmp_path / "file"))
+    said = sagewan("plan", "a red ball")
+    assert said.code == 0
+    assert said.err
+    assert all(line.startswith("sagewan: ") for line in said.err.splitlines())
+
+
+def test_no_jobs_is_said(sagewan: Run) -> None:
+    assert sagewan("jobs").out == "no jobs yet\n"
+
+
+def test_a_prompt_without_quotes_is_told_of_them(sagewan: Run) -> None:
+    said = sagewan("generate", "a", "red", "ball")
+    assert said.code == 2
+    assert "put the prompt in quotes" in said.err
+    assert "see sagewan generate --help" in sagewan("generate", "x", "--colour", "red").err
+
+
+@pytest.mark.parametrize(
+    ("fallbacks", "asked"),
+    [
+        ([], ""),
+        ([("sageattn_3", "sageattn"), ("sageattn", "sdpa")], " instead of sageattn_3"),
+        ([("sageattn", "sdpa"), ("flash_attn", "sdpa")], " instead of sageattn, flash_attn"),
+    ],
+)
+def test_the_summary_names_what_gave_way(fallbacks: list[tuple[str, str]], asked: str) -> None:
+    steps = [{"from": source, "to": target} for source, target in fallbacks]
+    # The mode of the ends may have given way, and not the one that was asked for.
+    assert _asked({"attention": {"requested": "sdpa", "fallbacks": steps}}) == asked
 
 
 def test_progress_is_told_in_words() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sagewan.jobs.store import default_path
 from sagewan.pipeline.export import write_video
 from tests.cli.conftest import Said, seconds_of_children
 
@@ -116,6 +117,7 @@ def test_wrong_input(case: str, place: Path, sagewan: Run) -> None:
     assert line.startswith("sagewan: ")
     assert said.out == ""
     assert [path.name for path in place.iterdir()] == ["folder.mp4"]
+    assert not default_path().exists(), "not even the database of the jobs"
     assert took < 2, f"{took:.1f} s"
 
 

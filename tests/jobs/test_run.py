@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sagewan.errors import Cancelled, RejectedError, RequestError
+from sagewan.errors import Cancelled, RejectedError
 from sagewan.jobs import run
 from sagewan.jobs.run import run_job
 from sagewan.jobs.states import State
@@ -20,7 +20,7 @@ from tests.machines import DEMO, machine
 REQUEST = Request(prompt="a red ball", seed=3)
 
 
-def prepared(request: Request, watch: Watch) -> Prepared:
+def prepared(request: Request) -> Prepared:
     plan = make_plan(request, DEMO, machine(), Evidence())
     decision = Decision(
         request=request, model=DEMO, hardware=machine(), evidence=Evidence(), plan=plan
@@ -50,7 +50,6 @@ class Fake:
 @pytest.fixture
 def execute(monkeypatch: pytest.MonkeyPatch) -> Fake:
     fake = Fake()
-    monkeypatch.setattr(run, "prepare", prepared)
     monkeypatch.setattr(run, "execute", fake)
     return fake
 
@@ -62,7 +61,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_success_is_recorded_with_plan_stages_and_report(execute: Fake, path: Path) -> None:
     with Store(path) as store:
-        run_job(store, REQUEST, Watch())
+        run_job(store, prepared(REQUEST), Watch())
         (job,) = store.jobs()
         assert job.state is State.DONE
         assert job.to_request() == REQUEST
@@ -87,22 +86,9 @@ def test_a_failure_is_recorded_and_raised(
     execute.error = error
     with Store(path) as store:
         with pytest.raises(type(error)):
-            run_job(store, REQUEST, Watch())
+            run_job(store, prepared(REQUEST), Watch())
         (job,) = store.jobs()
         assert (job.state, job.error) == (state, sentence)
-
-
-def test_a_refused_request_leaves_no_record(
-    execute: Fake, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(request: Request, watch: Watch) -> Prepared:
-        raise RequestError("no")
-
-    monkeypatch.setattr(run, "prepare", refuse)
-    with Store(path) as store:
-        with pytest.raises(RequestError):
-            run_job(store, REQUEST, Watch())
-        assert store.jobs() == []
 
 
 def test_another_process_can_cancel(execute: Fake, path: Path) -> None:
@@ -111,7 +97,7 @@ def test_another_process_can_cancel(execute: Fake, path: Path) -> None:
         watch = Watch()
         watch.listen(lambda event: event.done == 1 and other.cancel(other.jobs()[0].id))
         with pytest.raises(Cancelled):
-            run_job(store, REQUEST, watch)
+            run_job(store, prepared(REQUEST), watch)
         assert store.jobs()[0].state is State.CANCELLED
 
 
@@ -121,6 +107,20 @@ def test_a_database_that_breaks_does_not_stop_the_run(
     with Store(path) as store:
         watch = Watch()
         watch.listen(lambda event: event.stage == "load" and store._db.execute("DROP TABLE events"))
-        result = run_job(store, REQUEST, watch)
+        result = run_job(store, prepared(REQUEST), watch)
     assert result.path == Path("a.mp4")
     assert sum("can't be kept" in line for line in caplog.messages) == 1
+
+
+def test_a_record_that_another_process_closed_does_not_stop_the_run(
+    execute: Fake, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Store(path) as store, Store(path) as other:
+        watch = Watch()
+        watch.listen(
+            lambda event: (
+                event.stage == "load" and other.finish(other.jobs()[0].id, State.FAILED, error="?")
+            )
+        )
+        assert run_job(store, prepared(REQUEST), watch).path == Path("a.mp4")
+    assert "the record of this job can't be kept" in caplog.text

@@ -200,3 +200,13 @@ def test_the_place_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("SAGEWAN_DATA")
     monkeypatch.setattr(store_module, "user_data_path", lambda *_: tmp_path / "user")
     assert default_path() == tmp_path / "user" / "jobs.sqlite"
+
+
+def test_a_newer_versions_file_is_left_alone(path: Path) -> None:
+    with Store(path) as store:
+        store._db.execute("PRAGMA user_version = 99")
+    with pytest.raises(sqlite3.DatabaseError, match="newer version"):
+        Store(path)
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (99,)
+    database.close()

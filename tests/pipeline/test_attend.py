@@ -87,6 +87,14 @@ def test_a_mode_falls_back_or_is_refused_under_strict(session: module._Session) 
         sagewan.attend(q, k, v, mode="sageattn_3_fp4", strict=True)
 
 
+def test_a_step_down_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = bias(9)
+    for _ in range(3):
+        sagewan.attend(q, k, v, mode="sageattn")
+    (said,) = [line for line in caplog.messages if "sageattn gives way to sdpa" in line]
+    assert "needs an NVIDIA GPU" in said
+
+
 def test_emulation_computes_the_mode_itself(session: module._Session) -> None:
     q, k, v = bias(64)
     output = sagewan.attend(q, k, v, mode="sageattn_3_fp4", emulate=True, strict=True)

@@ -151,10 +151,20 @@ def test_weights_that_don_t_fit_are_refused(part: str, file: str, fault: str, co
     assert "\n" not in str(error.value)
 
 
-def test_a_broken_tokenizer_is_refused(copied: Path) -> None:
-    (copied / "tokenizer" / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="tokenizer"):
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"a": 1}'),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "none"}}'),
+        ("tokenizer_config.json", "{}"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused(copied: Path, file: str, text: str) -> None:
+    (copied / "tokenizer" / file).write_text(text)
+    with pytest.raises(CheckpointError, match="tokenizer") as error:
         components(copied)
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_known_by_name_alone_can_t_be_built() -> None:

@@ -57,6 +57,18 @@ def test_a_report_never_replaces_the_picture(tmp_path: Path) -> None:
         check_outputs(asked(output=tmp_path / "a.mp4", image=picture, report=picture))
 
 
+def test_one_file_under_two_names_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match="name two files"):
+        check_outputs(asked(output=Path("a.mp4"), report=tmp_path / "a.mp4"))
+    with pytest.raises(RequestError, match="is the input picture"):
+        check_outputs(
+            asked(output=Path("a.mp4"), image=Path("p.png"), report=tmp_path / "." / "p.png")
+        )
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_folder_where_no_file_can_be_made_is_refused() -> None:
     with pytest.raises(RequestError, match="can't be written"):

@@ -38,3 +38,10 @@ def test_a_colour_that_changes_from_frame_to_frame_is_a_video() -> None:
 
 def test_nothing_seen_is_nothing_said() -> None:
     assert FrameGuard().objection() is None
+
+
+def test_a_picture_and_then_nothing_is_refused() -> None:
+    frames = np.zeros((5, 16, 16, 3))
+    frames[0, :8] = 200
+    assert verdict(frames) == "black after its first frame"
+    assert verdict(frames[:1]) is None, "one frame is all there is"

@@ -72,6 +72,7 @@ def test_a_preset_resolves_to_what_the_card_can_do_even_under_strict() -> None:
     assert plan.requested == "sageattn_3_fp4"
     assert plan.main.mode == "sdpa"
     assert plan.from_preset
+    assert not decide(machine("H100")).from_preset, "nothing was asked for, by a preset or by name"
 
 
 @pytest.mark.parametrize("card", ["3080", "4090", "H100", "5090"])

@@ -32,7 +32,8 @@ from sagewan.plan.request import Ends, Request, parse_layers, parse_size
         ({"attention_ends": Ends(mode="sdpa", first=1, last=1)}, "choose one with attention"),
         ({"attention": "sdpa", "attention_keep_layers": (1,)}, "needs attention_ends"),
         ({"attention": "sdpa", "attention_ends": Ends(mode="no", first=1, last=1)}, "mode|choose"),
-        ({"output": "a.mp4", "report": "a.mp4"}, "name two files"),
+        ({"prompt": "caf\udcff"}, "prompt is not valid Unicode"),
+        ({"negative": "\udcff"}, "negative is not valid Unicode"),
     ],
 )
 def test_each_wrong_request_is_refused(fields: dict, message: str) -> None:

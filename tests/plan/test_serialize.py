@@ -89,6 +89,7 @@ def test_a_model_by_name_stays_a_name_and_a_folder_becomes_absolute() -> None:
     assert settings(Request(prompt="x", model="demo"))["model"] == "demo"
     folder = settings(Request(prompt="x", model="here"))["model"]
     assert Path(folder) == Path.cwd() / "here"
+    assert settings(Request(prompt="x", model="~/here"))["model"] == str(Path.home() / "here")
 
 
 def test_an_unknown_field_is_refused_by_name() -> None:

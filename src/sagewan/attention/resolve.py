@@ -46,13 +46,16 @@ def name_of(function: Function, row: Implementation) -> str:
     """The row's name if this is the function it names, by the function's own account.
 
     A function that was put in its place is reported as what it is: ``module.qualified_name``.
-    The package may define it in any of its modules, or in its C extension.
+    A package may define it in any of its modules, or in its C extension. Ours does not, and its
+    kernels and their emulations share names, so there the module counts as well.
     """
     module_name, _, function_name = row.call.partition(":")
     own_module = getattr(function, "__module__", None) or ""
     own_name = getattr(function, "__qualname__", type(function).__qualname__)
-    same_package = own_module.partition(".")[0] == module_name.partition(".")[0]
-    if same_package and own_name == function_name:
+    ours = module_name.startswith("sagewan.")
+    home = own_module if ours else own_module.partition(".")[0]
+    same_home = home == (module_name if ours else module_name.partition(".")[0])
+    if same_home and own_name == function_name:
         return row.name
     return f"{own_module}.{own_name}"
 

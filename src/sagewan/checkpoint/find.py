@@ -36,7 +36,7 @@ def find_model(name_or_path: str, *, need_files: bool = True) -> Model:
         return read_model(demo_folder(), DEMO)
     if name_or_path in PUBLISHED:
         return _published(name_or_path, need_files=need_files)
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 Path's raises for ~nobody
     if path.is_dir():
         _refuse_original_layout(path)
         return read_model(path, path.resolve().name)

@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import logging
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from sagewan import __version__
+from sagewan.cli.streams import flush, give_up_output, never_refuse_a_character, say, warnings_told
 from sagewan.errors import Cancelled, RequestError, SagewanError
 
 # The modules are imported when their command is called: --help must not wait for torch.
@@ -29,16 +29,22 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. A SagewanError is one sentence on stderr, what nobody
     foresaw keeps its traceback."""
+    never_refuse_a_character()
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            flush()
     except KeyboardInterrupt:
         return _fail(Cancelled("cancelled"))
     except SagewanError as error:
         return _fail(error)
+    except BrokenPipeError:
+        return give_up_output()
 
 
 def _fail(error: SagewanError) -> int:
-    print(f"sagewan: {error}", file=sys.stderr)
+    say(str(error))
     return error.exit_code
 
 
@@ -60,6 +66,16 @@ def _run(argv: list[str]) -> int:
             module = importlib.import_module(f"sagewan.cli.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
-    logging.getLogger("sagewan").setLevel(logging.INFO)
-    return int(arguments.run(arguments))
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise _unknown(unknown, chosen)
+    with warnings_told():
+        return int(arguments.run(arguments))
+
+
+def _unknown(words: Sequence[str], command: str | None) -> RequestError:
+    """The refusal of words that no flag takes; most often a prompt that lacks its quotes."""
+    hint = f"see sagewan {command} --help"
+    if command in ("generate", "plan") and not words[0].startswith("-"):
+        hint = 'put the prompt in quotes, such as "a red ball"'
+    return RequestError(f"unrecognized arguments: {' '.join(words)}; {hint}")

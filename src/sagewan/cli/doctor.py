@@ -2,9 +2,9 @@
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING
 
+from sagewan.cli.streams import say
 from sagewan.errors import UnsupportedError
 from sagewan.plan.modes import AUTO, MODES
 from sagewan.plan.request import unknown_choice
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise unknown_choice("require", arguments.require, MODES)
     diagnosis = _diagnose(arguments.device)
     if arguments.json:
-        print(json.dumps(diagnosis.as_dict(), indent=2, ensure_ascii=False))
+        print(json.dumps(diagnosis.as_dict(), indent=2))
     else:
         _show(diagnosis)
     if arguments.require is None:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     mode = diagnosis.mode(arguments.require)
     if mode.itself:
         return 0
-    print(f"sagewan: {mode.name} does not run here: {mode.why}", file=sys.stderr)
+    say(f"{mode.name} does not run here: {mode.why}")
     return UnsupportedError.exit_code
 
 

@@ -10,7 +10,7 @@ from sagewan.errors import RequestError
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.modes import AUTO, MODES, PRESETS
 from sagewan.plan.request import SCHEDULERS, Ends, Request, parse_layers, parse_size
-from sagewan.plan.serialize import field_types, fields_from_json
+from sagewan.plan.serialize import field_types, settings_from_json
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) ->
     if arguments.from_video:
         from sagewan.pipeline.export import read_settings
 
-        values = fields_from_json(read_settings(arguments.from_video))
+        values = settings_from_json(read_settings(arguments.from_video))
     given = vars(arguments)
     values |= {field: _parsed(field, given[field]) for field in FLAGS if field in given}
     if "prompt" not in values:

@@ -37,13 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(request: "Request", watch: Watch) -> "Result":
     from sagewan.jobs.run import run_job
-    from sagewan.pipeline.run import generate
+    from sagewan.pipeline.run import execute, prepare
 
+    # First of all, so that a request that is refused leaves nothing behind, not even a database.
+    prepared = prepare(request, watch)
     store = _open_store()
     if store is None:
-        return generate(request, watch=watch)
+        return execute(prepared, watch)
     with store:
-        return run_job(store, request, watch)
+        return run_job(store, prepared, watch)
 
 
 def _open_store() -> "Store | None":
@@ -75,15 +77,17 @@ def summary(result: "Result") -> str:
 
 
 def _asked(report: Mapping[str, Any]) -> str:
-    """What was asked for, where something else ran, so that nobody overlooks it."""
-    requested = report["attention"]["requested"]
+    """Whatever gave way to something else, so that nobody overlooks it: the top of each chain of
+    fallbacks, since a step between came from one."""
     fallbacks = report["attention"]["fallbacks"]
-    return f" instead of {requested}" if fallbacks else ""
+    between = {step["to"] for step in fallbacks}
+    asked = dict.fromkeys(step["from"] for step in fallbacks if step["from"] not in between)
+    return f" instead of {', '.join(asked)}" if asked else ""
 
 
 @contextlib.contextmanager
 def stopped_by_signals(watch: Watch) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block at once, with nothing partial left.
+    """Ctrl-C, SIGTERM and SIGHUP end the block at once, with nothing partial left.
 
     The interrupt is raised here and now; where a library swallows it, the watch still ends the
     run at its next check, which comes with each transformer block. An impatient second one would
@@ -98,7 +102,12 @@ def stopped_by_signals(watch: Watch) -> Iterator[None]:
             watch.cancel()
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # The terminal was closed. nohup has that ignored, which is to stay so; Windows has no SIGHUP.
+    closed = getattr(signal, "SIGHUP", None)
+    if closed is not None and signal.getsignal(closed) is not signal.SIG_IGN:
+        numbers.append(closed)
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

@@ -9,7 +9,8 @@ from typing import Any
 
 from sagewan.cli.show import duration
 from sagewan.errors import RequestError
-from sagewan.jobs.store import Job, Store, default_path
+from sagewan.jobs.states import State
+from sagewan.jobs.store import Job, StateError, Store, default_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,45 +23,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the records, or ask a job to stop."""
+    if arguments.limit < 1:
+        raise RequestError(f"limit={arguments.limit}: list at least 1")
     if (arguments.action == "list") is not (arguments.id is None):
         wanted = "no number" if arguments.action == "list" else "the job's number"
         raise RequestError(f"jobs {arguments.action} takes {wanted}; see sagewan jobs list")
     try:
         with Store(default_path()) as store:
-            _ACTIONS[arguments.action](store, arguments)
+            text = _ACTIONS[arguments.action](store, arguments)
     except (OSError, sqlite3.Error) as error:
         raise RequestError(
             f"the jobs in {default_path()} can't be read ({error}); set SAGEWAN_DATA to a folder "
             "that can be written"
         ) from error
+    print(text)
     return 0
 
 
-def _list(store: Store, arguments: argparse.Namespace) -> None:
+def _list(store: Store, arguments: argparse.Namespace) -> str:
     jobs = store.jobs(arguments.limit)
     if arguments.json:
-        print(json.dumps([asdict(job) for job in jobs], indent=2))
-        return
-    for job in jobs:
-        print(f"{job.id:5}  {_when(job.created)}  {job.state:<9}  {job.request['prompt']}")
+        return json.dumps([asdict(job) for job in jobs], indent=2)
+    lines = (
+        f"{job.id:5}  {_when(job.created)}  {job.state:<9}  {job.request['prompt']}" for job in jobs
+    )
+    return "\n".join(lines) or "no jobs yet"
 
 
-def _show(store: Store, arguments: argparse.Namespace) -> None:
+def _show(store: Store, arguments: argparse.Namespace) -> str:
     job = store.job(arguments.id)
+    events = store.events(job.id)
     if arguments.json:
-        events = [asdict(event) for event in store.events(job.id)]
-        print(json.dumps({**asdict(job), "events": events}, indent=2))
-        return
-    for name, value in _lines(job):
-        print(f"{name:<9} {value}")
-    for event in store.events(job.id):
+        return json.dumps({**asdict(job), "events": [asdict(event) for event in events]}, indent=2)
+    lines = [f"{name:<9} {value}" for name, value in _lines(job)]
+    for event in events:
         total = "" if event.total is None else f" {event.done}/{event.total}"
-        print(f"{_when(event.at)}  {event.stage}{total}")
+        lines.append(f"{_when(event.at)}  {event.stage}{total}")
+    return "\n".join(lines)
 
 
-def _cancel(store: Store, arguments: argparse.Namespace) -> None:
-    state = store.cancel(arguments.id)
-    print(f"job {arguments.id}: {'asked to stop' if state == 'running' else 'cancelled'}")
+def _cancel(store: Store, arguments: argparse.Namespace) -> str:
+    try:
+        state = store.cancel(arguments.id)
+    except StateError:
+        ended = store.job(arguments.id).state
+        raise RequestError(f"job={arguments.id} is {ended}: there is nothing to cancel") from None
+    return f"job {arguments.id}: {'asked to stop' if state is State.RUNNING else 'cancelled'}"
 
 
 _ACTIONS = {"list": _list, "show": _show, "cancel": _cancel}

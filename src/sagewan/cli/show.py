@@ -1,11 +1,12 @@
 """What a run looks like on a terminal, and in a log file; all of it on stderr."""
 
 import contextlib
-import logging
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from sagewan.cli.streams import say
 from sagewan.pipeline.progress import DECIDE, Event, Watch
 from sagewan.plan.plan import Plan
 
@@ -16,24 +17,16 @@ if TYPE_CHECKING:
 _LINES = 10
 
 
-class StderrHandler(logging.Handler):
-    """Warnings as lines. Looks stderr up at each line, which a progress bar redirects."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(f"sagewan: {record.getMessage()}", file=sys.stderr)
-
-
 @contextlib.contextmanager
 def shown(watch: Watch) -> Iterator[None]:
-    """Show the watch's progress and this package's warnings while the block runs."""
-    logger = logging.getLogger("sagewan")
-    handler = StderrHandler(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        with _bar(watch) if sys.stderr.isatty() else _lines(watch):
-            yield
-    finally:
-        logger.removeHandler(handler)
+    """Show the watch's progress while the block runs."""
+    with _bar(watch) if _can_redraw() else _lines(watch):
+        yield
+
+
+def _can_redraw() -> bool:
+    """Whether stderr is a terminal on which a bar can be drawn over; an editor's shell is none."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Notes:
@@ -48,7 +41,7 @@ class Notes:
         for note in (drawn, *plan.notes):
             if note not in self._told:
                 self._told.add(note)
-                print(f"sagewan: {note}", file=sys.stderr)
+                say(note)
 
 
 @contextlib.contextmanager
@@ -61,9 +54,9 @@ def _lines(watch: Watch) -> Iterator[None]:
         elif event.stage == DECIDE:
             pass  # A moment; a refusal is to stand alone.
         elif event.total is None or event.done == 0:
-            print(f"sagewan: {event.stage}", file=sys.stderr)
+            say(event.stage)
         elif event.done * _LINES // event.total != (event.done - 1) * _LINES // event.total:
-            print(f"sagewan: {event.stage} {progress_text(event)}", file=sys.stderr)
+            say(f"{event.stage} {progress_text(event)}")
 
     watch.listen(show)
     yield

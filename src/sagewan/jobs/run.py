@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from sagewan.errors import Cancelled, SagewanError
 from sagewan.jobs.states import State
-from sagewan.jobs.store import Store
+from sagewan.jobs.store import StateError, Store
 from sagewan.pipeline.progress import Event, Watch
-from sagewan.pipeline.run import Result, execute, prepare
+from sagewan.pipeline.run import Prepared, Result, execute
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import plan_to_json
 
@@ -20,13 +20,12 @@ logger = logging.getLogger(__name__)
 _NOTE_INTERVAL = 1.0
 
 
-def run_job(store: Store, request: Request, watch: Watch) -> Result:
-    """Prepare, record and execute a request; how it ends is in the record, and raised as well.
+def run_job(store: Store, prepared: Prepared, watch: Watch) -> Result:
+    """Record and execute a run; how it ends is in the record, and raised as well.
 
-    A request that is refused leaves no record. The record never stops the run: if the database
-    fails under way, a warning is logged and the video is made.
+    The record never stops the run: if the database fails under way, a warning is logged and the
+    video is made.
     """
-    prepared = prepare(request, watch)
     record = _Record(store, prepared.plan.request)
     watch.listen(record.note)
     watch.stop_when(record.cancel_asked)
@@ -91,6 +90,8 @@ class _Record:
     def _tolerated(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        # A StateError: another process took this one for dead, as two containers with one name
+        # and one folder do, and closed the record.
+        except (sqlite3.Error, StateError) as error:
             self._broken = True
             logger.warning("the record of this job can't be kept: %s", error)

@@ -90,6 +90,7 @@ class Store:
         self._db = sqlite3.connect(path, timeout=_BUSY, isolation_level=None)
         self._db.row_factory = sqlite3.Row
         try:
+            self._refuse_newer()
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.executescript(_TABLES)
             self._db.execute(f"PRAGMA user_version = {SCHEMA}")
@@ -191,6 +192,11 @@ class Store:
             "SELECT at, stage, done, total FROM events WHERE job = ? ORDER BY rowid", (job,)
         )
         return [JobEvent(*row) for row in rows]
+
+    def _refuse_newer(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA:
+            raise sqlite3.DatabaseError("a newer version of sagewan wrote it")
 
     def fail_abandoned(self) -> None:
         """Jobs whose process died without a word are failed, so that none runs for ever."""

@@ -1,6 +1,8 @@
 """One attention call for other programs: checked, decided by the plan, proved, and run."""
 
+import logging
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,11 +13,14 @@ from sagewan.attention.resolve import ImplementationError
 from sagewan.attention.self_test import self_test
 from sagewan.errors import RequestError, ShapeError
 from sagewan.pipeline.probe import probe
-from sagewan.plan.attention import Choice, plan_attention
+from sagewan.pipeline.report import Change
+from sagewan.plan.attention import Choice, Fallback, plan_attention
 from sagewan.plan.catalogue import Problem
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.request import Request
+
+logger = logging.getLogger(__name__)
 
 _LAYOUTS = ("BHND", "BNHD")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,12 +33,21 @@ class _Session:
         self.hardware: Hardware | None = None
         self.evidence: dict[str, Evidence] = {}
         self.launcher = Launcher()
+        self._told: set[Fallback] = set()
 
     def device(self, device: torch.device) -> tuple[Device, Hardware]:
         self.hardware = self.hardware or probe()
         index = device.index or 0
         name = "cpu" if device.type == "cpu" else f"cuda:{index}"
         return self.hardware.device(name), self.hardware
+
+    def tell(self, fallbacks: Iterable[Fallback]) -> None:
+        """Each step down once: a caller sees the result, not what computed it."""
+        for step in fallbacks:
+            if step not in self._told:
+                self._told.add(step)
+                change = Change(step.from_mode, step.to_mode, step.why())
+                logger.warning("%s", change.sentence())
 
 
 _session = _Session()
@@ -58,9 +72,10 @@ def attend(
     ``return_lse`` also the natural log-sum-exp [B, H, N] in float32. ``scale`` defaults to
     D**-0.5. Inputs are not changed, and no gradient is computed.
 
-    The mode falls back as in a video's plan, an implementation's first use on a device is its
-    self-test. Raises ShapeError for tensors it does not take, RequestError for an unknown mode or
-    layout, UnsupportedError where ``strict`` forbids the fallback that this machine needs.
+    The mode falls back as in a video's plan, each step logged once as a warning; an
+    implementation's first use on a device is its self-test. Raises ShapeError for tensors it does
+    not take, RequestError for an unknown mode or layout, UnsupportedError where ``strict`` forbids
+    the fallback that this machine needs.
     """
     if layout not in _LAYOUTS:
         raise RequestError(f"layout={layout}: use {' or '.join(_LAYOUTS)}")
@@ -106,6 +121,7 @@ def _decide(request: Request, problem: Problem, device: Device, hardware: Hardwa
         plan = plan_attention(request, None, problem, device, hardware, evidence, layers=1)
         _session.evidence[device.torch_name] = evidence
         if not plan.unproven:
+            _session.tell(plan.fallbacks)
             return plan.main
         for row in plan.unproven:
             test = self_test(row, device)

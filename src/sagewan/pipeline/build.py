@@ -5,7 +5,6 @@ the hub is never asked. The transformer has the plan's dtype, but for the module
 keeps in float32; the VAE and the CLIP image encoder are float32, as diffusers' examples advise.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from sagewan.attention.launch import Launcher
+from sagewan.attention.resolve import one_line
 from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
 from sagewan.plan.plan import Plan
@@ -131,10 +131,17 @@ def _image_encoder(location: Path) -> Any:
 def _tokenizer(location: Path) -> Any:
     from transformers import AutoTokenizer
 
+    folder = location / "tokenizer"
     try:
-        return AutoTokenizer.from_pretrained(location / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{location / 'tokenizer'} can't be read ({error})") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Damaged files raise KeyError, TypeError, and from tokenizers' own code a plain Exception.
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} can't be read ({one_line(error)}): fetch it again"
+        ) from error
+    if tokenizer.pad_token is None:
+        raise CheckpointError(f"{folder} names no padding token: fetch its files again")
+    return tokenizer
 
 
 def _image_processor(location: Path) -> Any:

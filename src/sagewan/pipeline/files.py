@@ -26,8 +26,15 @@ def check_outputs(request: Request) -> None:
     _check_file("output", request.output)
     if request.report:
         _check_file("report", request.report)
-        if request.report in (request.image, request.last_image):
+        if _same(request.report, request.output):
+            raise RequestError(f"report and output are both {request.report}: name two files")
+        if _same(request.report, request.image) or _same(request.report, request.last_image):
             raise RequestError(f"report={request.report} is the input picture: name another file")
+
+
+def _same(path: Path, other: Path | None) -> bool:
+    """Whether two names, however written, are one file."""
+    return other is not None and path.resolve() == other.resolve()
 
 
 def check_space(output: Path, size: tuple[int, int], frames: int) -> None:

@@ -1,4 +1,8 @@
-"""The last look at a video: black, constant or not finite is never a success."""
+"""The last look at a video: black or constant is never a success.
+
+What is not a number is black by then. A given first picture is shown as it is, so a broken run that
+started from one is black only after it.
+"""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,21 +23,27 @@ class FrameGuard:
 
     _low: "NDArray[np.uint8] | None" = field(default=None, init=False)
     _high: "NDArray[np.uint8] | None" = field(default=None, init=False)
+    _high_later: int | None = field(default=None, init=False)
 
     def see(self, frame: "NDArray[np.uint8]") -> None:
         """One more frame."""
         import numpy as np
 
         low, high = frame.min(axis=(0, 1)), frame.max(axis=(0, 1))
+        if self._high is not None:
+            self._high_later = max(self._high_later or 0, int(high.max()))
         self._low = low if self._low is None else np.minimum(self._low, low)
         self._high = high if self._high is None else np.maximum(self._high, high)
 
     def objection(self) -> str | None:
-        """What the video is, if it is no video: ``black`` or ``one constant colour``."""
+        """What the video is, if it is no video: ``black``, that but for its first frame, or
+        ``one constant colour``."""
         if self._low is None or self._high is None:
             return None
         if int(self._high.max()) <= BLACK:
             return "black"
         if int((self._high - self._low).max()) <= SPREAD:
             return "one constant colour"
+        if self._high_later is not None and self._high_later <= BLACK:
+            return "black after its first frame"
         return None

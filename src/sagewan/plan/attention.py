@@ -177,7 +177,7 @@ def plan_attention(
         last=request.attention_ends.last if request.attention_ends else 0,
         keep_layers=frozenset(request.attention_keep_layers),
         strict=request.strict,
-        from_preset=request.attention is None,
+        from_preset=request.attention is None and preset is not None,
         unproven=tuple(dict.fromkeys(unproven)),
     )
     if request.strict and not plan.from_preset and plan.fallbacks:

@@ -12,6 +12,8 @@ from packaging.version import Version
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.objection import Objection
 
+# Distributions that are called otherwise on Windows.
+_ON_WINDOWS = {"triton": "triton-windows"}
 SIXTEEN_BIT = ("bfloat16", "float16")
 # What INT8 itself costs on the easiest inputs. Wan's usual sizes stay below; clips of a few hundred
 # tokens may not.
@@ -108,7 +110,9 @@ class Implementation:
         if problem.log_sum_exp and not self.log_sum_exp:
             yield Objection("log-sum-exp")
         if self.package:
-            yield from self._package_objections(self.package, hardware.packages.get(self.package))
+            windows = hardware.system == "Windows"
+            package = _ON_WINDOWS.get(self.package, self.package) if windows else self.package
+            yield from self._package_objections(package, hardware.packages.get(package))
 
     def padding_share(self, keys: int) -> float:
         """The most of a row's weight that padding taken for keys can get.
@@ -149,6 +153,8 @@ def _list(values: Iterable[object]) -> str:
 
 
 _AMPERE_UP = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+_ADA_UP = (89, 90, 100, 103, 120, 121)
+_OUR_HEAD_DIMS = tuple(range(8, 257, 8))
 _ANY_FLOAT = (*SIXTEEN_BIT, "float32")
 
 ROWS: tuple[Implementation, ...] = (
@@ -213,6 +219,22 @@ ROWS: tuple[Implementation, ...] = (
         grouped_heads=True,
     ),
     Implementation(
+        name="sagewan.sageattn",
+        mode="sageattn",
+        call="sagewan.kernels.int8_attention:sageattn",
+        qk="int8 per block",
+        pv="16 bit",
+        lse_option="return_lse",
+        sms=_AMPERE_UP,
+        head_dims=_OUR_HEAD_DIMS,
+        package="triton",
+        versions=("3.6", "4"),
+        install="pip install triton, on Windows triton-windows",
+        systems=("Linux", "Windows"),
+        grouped_heads=True,
+        log_sum_exp=True,
+    ),
+    Implementation(
         name="sageattention.int8_fp16_cuda",
         mode="sageattn",
         call="sageattention:sageattn_qk_int8_pv_fp16_cuda",
@@ -275,6 +297,38 @@ ROWS: tuple[Implementation, ...] = (
         install='pip install "sagewan[kitchen]"',
         systems=("Linux", "Windows"),
         grouped_heads=True,
+    ),
+    Implementation(
+        name="sagewan.sageattn_3",
+        mode="sageattn_3",
+        call="sagewan.kernels.int8_attention:sageattn_3",
+        qk="int8 per token",
+        pv="16 bit",
+        lse_option="return_lse",
+        sms=_AMPERE_UP,
+        head_dims=_OUR_HEAD_DIMS,
+        package="triton",
+        versions=("3.6", "4"),
+        install="pip install triton, on Windows triton-windows",
+        systems=("Linux", "Windows"),
+        grouped_heads=True,
+        log_sum_exp=True,
+    ),
+    Implementation(
+        name="sagewan.sageattn_3_fp8",
+        mode="sageattn_3_fp8",
+        call="sagewan.kernels.fp8_attention:sageattn_3_fp8",
+        qk="int8 per token",
+        pv="fp8 e4m3",
+        lse_option="return_lse",
+        sms=_ADA_UP,
+        head_dims=_OUR_HEAD_DIMS,
+        package="triton",
+        versions=("3.6", "4"),
+        install="pip install triton, on Windows triton-windows",
+        systems=("Linux", "Windows"),
+        grouped_heads=True,
+        log_sum_exp=True,
     ),
     Implementation(
         name="sageattn3.blackwell",

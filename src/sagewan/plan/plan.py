@@ -1,8 +1,6 @@
 """The plan: every decision of a run, made before anything runs, from values alone."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from sagewan.errors import RequestError
 from sagewan.plan.attention import AttentionPlan, plan_attention
@@ -62,8 +60,8 @@ def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evid
     device = hardware.device(request.device)
     dtype = _dtype(request, device)
     task = _task(request, model)
-    check_words(request.prompt, model)
-    check_words(request.negative or "", model)
+    check_words("prompt", request.prompt, model)
+    check_words("negative", request.negative or "", model)
     size, frames, fps = _shape(request, model, preset)
     grid_size = _on_grid(size, model)
     tokens = model.tokens(grid_size, frames)
@@ -197,9 +195,3 @@ def _notes(plan: Plan, preset: Preset | None) -> list[str]:
     if preset:
         notes.append("weights are kept in 16 bit: this version has no other quantization yet")
     return notes
-
-
-def paths_of(request: Request) -> Mapping[str, Path]:
-    """The files a request names, by field."""
-    names = ("image", "last_image", "output", "report")
-    return {name: path for name in names if (path := getattr(request, name)) is not None}

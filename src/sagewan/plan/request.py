@@ -80,6 +80,8 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise RequestError("prompt is empty: say what the video should show")
+        _check_text("prompt", self.prompt)
+        _check_text("negative", self.negative or "")
         self._check_names()
         self._check_numbers()
         self._check_pairs()
@@ -124,8 +126,6 @@ class Request:
                 "attention_keep_layers needs attention_ends, which names the mode for those "
                 "layers, such as sageattn_3:0,0"
             )
-        if self.report and self.report == self.output:
-            raise RequestError(f"report and output are both {self.report}: name two files")
 
 
 def field_names() -> tuple[str, ...]:
@@ -155,6 +155,12 @@ def unknown_choice(name: str, value: str, choices: Iterable[str]) -> RequestErro
     near = difflib.get_close_matches(value, choices, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     return RequestError(f"{name}={value}: {hint}choose from {', '.join(choices)}")
+
+
+def _check_text(name: str, text: str) -> None:
+    # Bytes that are no UTF-8 reach Python as lone surrogates, which no tokenizer takes.
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RequestError(f"{name} is not valid Unicode: type it again, or save it as UTF-8")
 
 
 def _check_choice(name: str, value: str | None, choices: Iterable[str]) -> None:

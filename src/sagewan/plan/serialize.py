@@ -1,6 +1,7 @@
 """Requests and plans as JSON, in one place: what a video, a report and a job record hold."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -88,10 +89,17 @@ def fields_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def settings_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that :func:`settings` wrote. Whoever made the video does not choose the files
+    that are written here, so ``output`` and ``report`` are left out even where they are given."""
+    return fields_from_json({key: x for key, x in data.items() if key not in _OF_THE_RUN})
+
+
 def settings(request: Request) -> dict[str, Any]:
     """The fields that make a video again anywhere on this machine; paths are made absolute."""
     if request.model not in (DEMO, *PUBLISHED):
-        request = replace(request, model=str(Path(request.model).absolute()))
+        folder = Path(os.path.expanduser(request.model))  # noqa: PTH111 Path's raises for ~nobody
+        request = replace(request, model=str(folder.absolute()))
     if request.image:
         request = replace(request, image=request.image.absolute())
     if request.last_image:

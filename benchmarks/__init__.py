@@ -1,0 +1,1 @@
+"""Measurements that the documents quote; each asserts that a result is right before timing it."""

@@ -1,0 +1,173 @@
+"""Attention with INT8 Q·Kᵀ and FP8 P·V, in Triton, for compute capability 8.9 and newer.
+
+:func:`sageattn_3_fp8` prepares Q and K as ``sageattn_3``. P and V multiply in e4m3, V with a scale
+per channel. P is at most 1 and is scaled to the top of e4m3's range, or small probabilities would
+underflow. Sums are kept at two levels, because Hopper's FP8 accumulator has 14 bits: each step's
+P·V is added to a float32 accumulator by the multiply-add that rescales it. No mask, no causal
+order, no dropout, no gradient. After SageAttention2 (arXiv:2411.10958).
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sagewan.kernels.int8_attention import (
+    fine_rows,
+    load_queries,
+    output_for,
+    scores,
+    store_lse,
+    store_output,
+)
+from sagewan.kernels.launch import Tile, block_of, check, compute_capability, launch
+from sagewan.kernels.prepare import Columns, Rows, e4m3_columns
+
+E4M3_MAX = 448.0
+_P_MAX = tl.constexpr(E4M3_MAX)
+_LOG2_P_MAX = tl.constexpr(math.log2(E4M3_MAX))
+# On consumer cards FP8 products that add in float32 run at half rate, so a step's keys add in
+# float16, which holds 65504: 64 keys · P up to 448 · V up to 1.75 = 50176, and each of 64 sums may
+# round up by 2⁻¹¹, to 51768 at most.
+HALF_SUM_SMS = (89, 120, 121)
+HALF_SUM_V_MAX = 1.75
+HALF_SUM_KEYS = 64
+
+
+def tile_for(sm: int, block_d: int) -> Tile:
+    """The fixed configuration of a compute capability and a head size inside the kernel."""
+    if block_d > 128:
+        return Tile(block_m=64, block_n=32, warps=8, stages=2)
+    if sm == 90:
+        # Small blocks, so that several share a multiprocessor and one's products overlap with
+        # another's exponentials.
+        return Tile(block_m=64, block_n=128, warps=4, stages=2)
+    return Tile(block_m=128, block_n=64, warps=8, stages=2)
+
+
+def sageattn_3_fp8(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q [B, H, N, D], k and v [B, Hk, M, D], bf16 or fp16, any strides → [B, H, N, D].
+
+    ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
+    Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses.
+    """
+    check(q, k, v)
+    half_sums = compute_capability(q.device) in HALF_SUM_SMS
+    queries, keys = fine_rows(q, k, scale, return_lse=return_lse)
+    columns = e4m3_columns(v, HALF_SUM_V_MAX if half_sums else E4M3_MAX)
+    out, lse = output_for(q, return_lse=return_lse)
+    _attend(out, lse, (queries, keys, columns), keys=v.shape[2], half_sums=half_sums)
+    return out if lse is None else (out, lse)
+
+
+def _attend(
+    out: Tensor,
+    lse: Tensor | None,
+    prepared: tuple[Rows, Rows, Columns],
+    *,
+    keys: int,
+    half_sums: bool,
+) -> None:
+    q, k, v = prepared
+    batch, heads, count, size = out.shape
+    tile = tile_for(compute_capability(out.device), block_of(size))
+    arguments = {
+        "q": q.data,
+        "q_scale": q.scale,
+        "q_dots": q.dots,
+        "k": k.data,
+        "k_scale": k.scale,
+        "k_bias": k.dots,
+        "v": v.data,
+        "v_scale": v.scale,
+        **dict(zip(("o", "o_b", "o_h", "o_n", "o_d"), (out, *out.stride()), strict=True)),
+        "lse": lse,
+        "heads": heads,
+        "count": count,
+        "count_padded": q.data.shape[2],
+        "keys": keys,
+        "keys_padded": k.data.shape[2],
+        "size": size,
+        "SHARED": heads // k.data.shape[1],
+        "HALF_SUMS": half_sums,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_of(size),
+    }
+    grid = (triton.cdiv(count, tile.block_m), batch * heads)
+    launch(_kernel, grid, out.device, arguments, tile)
+
+
+@triton.jit
+def _as_stored(p, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """P's columns in the order of V's keys (prepare.e4m3_columns): no value leaves its thread."""
+    p = p.reshape(BLOCK_M, BLOCK_N // 16, 2, 4, 2)
+    return p.permute(0, 1, 3, 2, 4).reshape(BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _step(
+    acc, total, highest,  # [M, D'], [M], [M]
+    q, q_scale, k, k_scale, k_bias, v, start, keys, keys_padded,
+    MASKED: tl.constexpr, HALF_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    s, factor, above = scores(
+        q, q_scale, k, k_scale, k_bias, start, keys, highest, MASKED, BLOCK_N, BLOCK_D
+    )
+    p = tl.exp2(s * factor - (above - _LOG2_P_MAX)[:, None])
+    rescale = tl.exp2(highest - above)
+    total = total * rescale + tl.sum(p, 1)
+    places = start + tl.arange(0, BLOCK_N)
+    tile = tl.load(v + tl.arange(0, BLOCK_D)[:, None] * keys_padded + places[None, :])
+    p = _as_stored(p.to(tl.float8e4nv), BLOCK_M, BLOCK_N)
+    if HALF_SUMS:
+        added = tl.dot(p, tl.trans(tile), out_dtype=tl.float16).to(tl.float32)
+    else:
+        added = tl.dot(p, tl.trans(tile))
+    return acc * rescale[:, None] + added, total, above
+
+
+@triton.jit
+def _kernel(
+    q, q_scale, q_dots,  # [B·H, N', D'] int8, [B·H, N'], [B·H, N'] or None
+    k, k_scale, k_bias,  # [B·Hk, M', D'] int8, [B·Hk, M'], [B·H, M']
+    v, v_scale,  # [B·Hk, D', M'] float8_e4m3fn, [B·Hk, D']
+    o, o_b, o_h, o_n, o_d,  # [B, H, N, D]
+    lse,  # [B·H, N] or None
+    heads, count, count_padded, keys, keys_padded, size,
+    SHARED: tl.constexpr, HALF_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    rows, queries, row_scale = load_queries(q, q_scale, head, count_padded, BLOCK_M, BLOCK_D)
+    key_head = (head // SHARED).to(tl.int64)
+    k += key_head * keys_padded * BLOCK_D
+    k_scale += key_head * keys_padded
+    if k_bias is not None:
+        k_bias += head.to(tl.int64) * keys_padded
+    v += key_head * BLOCK_D * keys_padded
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    whole = keys // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        acc, total, highest = _step(
+            acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, start, keys,
+            keys_padded, False, HALF_SUMS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if whole < keys:
+        acc, total, highest = _step(
+            acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, whole, keys,
+            keys_padded, True, HALF_SUMS, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    channel_scale = tl.load(v_scale + key_head * BLOCK_D + tl.arange(0, BLOCK_D))
+    store_output(
+        acc * channel_scale[None, :] / total[:, None],
+        o, o_b, o_h, o_n, o_d, heads, head, rows, count, size, BLOCK_D,
+    )  # fmt: skip
+    if lse is not None:
+        store_lse(lse, q_dots, head, rows, count, count_padded, highest, total / _P_MAX)

@@ -1,0 +1,231 @@
+"""Attention with INT8 Q·Kᵀ and 16-bit P·V, in Triton, for compute capability 8.0 and newer.
+
+:func:`sageattn` smooths K and gives a scale to each block of rows; :func:`sageattn_3` smooths Q
+and K, rotates both and gives a scale to each token. P·V multiplies in V's own 16-bit format and
+adds in float32. No mask, no causal order, no dropout, no gradient. After SageAttention
+(arXiv:2410.02367) and FlashAttention-2 (arXiv:2307.08691).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sagewan.kernels.launch import Tile, block_of, check, compute_capability, launch
+from sagewan.kernels.prepare import Recipe, Rows, int8_rows, mean
+
+LOG2E = math.log2(math.e)
+_LN2 = tl.constexpr(math.log(2.0))
+# Rows of Q and of K that share a scale in ``sageattn``; K's is also the largest step of keys.
+ROWS_PER_SCALE_Q = 128
+ROWS_PER_SCALE_K = 64
+
+
+def tile_for(sm: int, block_d: int) -> Tile:
+    """The fixed configuration of a compute capability and a head size inside the kernel."""
+    if block_d > 128:
+        return Tile(block_m=64, block_n=32, warps=8, stages=2)
+    if sm == 90:
+        # Triton does not overlap a block's products with its exponentials here: a second block
+        # on the multiprocessor does, and two of 256 threads leave each thread 128 registers.
+        return Tile(block_m=128, block_n=64, warps=8, stages=3, registers=128)
+    # 99 KB of shared memory on 8.6, 8.9 and 12.0.
+    return Tile(block_m=128, block_n=64, warps=8, stages=2)
+
+
+def sageattn(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q [B, H, N, D], k and v [B, Hk, M, D], bf16 or fp16, any strides → [B, H, N, D].
+
+    ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
+    Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses.
+    """
+    check(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k_mean = mean(k)
+    keys = int8_rows(k, Recipe(block=ROWS_PER_SCALE_K), minus=k_mean)
+    recipe = Recipe(block=ROWS_PER_SCALE_Q, factor=scale * LOG2E, dot_factor=scale)
+    queries = int8_rows(q, recipe, other=k_mean if return_lse else None)
+    return _attend(q, v, queries, keys, return_lse=return_lse)
+
+
+def sageattn_3(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`sageattn`, with Q smoothed too, both rotated, and a scale for each token."""
+    check(q, k, v)
+    queries, keys = fine_rows(q, k, scale, return_lse=return_lse)
+    return _attend(q, v, queries, keys, return_lse=return_lse)
+
+
+def fine_rows(q: Tensor, k: Tensor, scale: float | None, *, return_lse: bool) -> tuple[Rows, Rows]:
+    """Q and K smoothed, rotated, with a scale for each token. The keys' ``dots`` are their scores
+    with Q's mean, in powers of two; the queries' are what the log-sum-exp lacks."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_mean, k_mean = mean(q), mean(k)
+    for_keys = Recipe(per_token=True, rotate=True, dot_factor=scale * LOG2E, smooth_dots=True)
+    keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
+    recipe = Recipe(per_token=True, rotate=True, factor=scale * LOG2E, dot_factor=scale)
+    queries = int8_rows(q, recipe, minus=q_mean, other=k_mean if return_lse else None)
+    return queries, keys
+
+
+def output_for(q: Tensor, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """Where a kernel writes: like q in memory, and the log-sum-exp [B, H, N] if it is wanted."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    return torch.empty_like(q), lse
+
+
+def _attend(
+    q: Tensor, v: Tensor, queries: Rows, keys: Rows, *, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    batch, heads, count, size = q.shape
+    out, lse = output_for(q, return_lse=return_lse)
+    tile = tile_for(compute_capability(q.device), block_of(size))
+    arguments = {
+        "q": queries.data,
+        "q_scale": queries.scale,
+        "q_dots": queries.dots,
+        "k": keys.data,
+        "k_scale": keys.scale,
+        "k_bias": keys.dots,
+        **dict(zip(("v", "v_b", "v_h", "v_n", "v_d"), (v, *v.stride()), strict=True)),
+        **dict(zip(("o", "o_b", "o_h", "o_n", "o_d"), (out, *out.stride()), strict=True)),
+        "lse": lse,
+        "heads": heads,
+        "count": count,
+        "count_padded": queries.data.shape[2],
+        "keys": v.shape[2],
+        "keys_padded": keys.data.shape[2],
+        "size": size,
+        "SHARED": heads // v.shape[1],
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_of(size),
+        "WHOLE_D": block_of(size) == size,
+    }
+    grid = (triton.cdiv(count, tile.block_m), batch * heads)
+    launch(_kernel, grid, q.device, arguments, tile)
+    return out if lse is None else (out, lse)
+
+
+@triton.jit
+def scores(
+    q, q_scale,  # [M, D'] int8, [M]
+    k, k_scale, k_bias,  # one head's [M', D'] int8, [M'], [M'] or None
+    start, keys, highest,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """→ scores [M, N] and the factor [M, 1] that makes them powers of two, and the new highest
+    [M] of those. With a bias the scores are scaled already."""
+    columns = start + tl.arange(0, BLOCK_N)
+    tile = tl.load(k + columns[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
+    s = tl.dot(q, tl.trans(tile), out_dtype=tl.int32).to(tl.float32)
+    if k_bias is None:
+        # One scale serves the whole block of keys: it is left to the exponential's multiply-add.
+        factor = q_scale * tl.load(k_scale + start)
+    else:
+        s = s * tl.load(k_scale + columns)[None, :] * q_scale[:, None]
+        s += tl.load(k_bias + columns)[None, :]
+        factor = tl.zeros_like(q_scale) + 1.0
+    if MASKED:
+        # Scaled first: a factor may be zero, and infinity times zero is not a number.
+        s = tl.where((columns < keys)[None, :], s * factor[:, None], float("-inf"))
+        factor = tl.zeros_like(q_scale) + 1.0
+    return s, factor[:, None], tl.maximum(highest, tl.max(s, 1) * factor)
+
+
+@triton.jit
+def load_queries(q, q_scale, head, count_padded, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """→ rows [M], their data [M, D'] int8 and scale [M]; rows beyond the padding read its last."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = head.to(tl.int64) * count_padded + rows
+    data = tl.load(q + place[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
+    return rows, data, tl.load(q_scale + place)
+
+
+@triton.jit
+def store_lse(lse, q_dots, head, rows, count, count_padded, highest, total):
+    """The log of the sum, with what smoothing K took from every score of a row."""
+    removed = tl.load(q_dots + head.to(tl.int64) * count_padded + rows)
+    value = (highest + tl.log2(total)) * _LN2 + removed
+    tl.store(lse + head.to(tl.int64) * count + rows, value, mask=rows < count)
+
+
+@triton.jit
+def store_output(
+    values, o, o_b, o_h, o_n, o_d, heads, head, rows, count, size, BLOCK_D: tl.constexpr
+):
+    channels = tl.arange(0, BLOCK_D)
+    base = (head // heads).to(tl.int64) * o_b + (head % heads).to(tl.int64) * o_h
+    offsets = rows.to(tl.int64)[:, None] * o_n + channels[None, :] * o_d
+    mask = (rows < count)[:, None] & (channels < size)[None, :]
+    tl.store(o + base + offsets, values.to(o.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _step(
+    acc, total, highest,  # [M, D'], [M], [M]
+    q, q_scale, k, k_scale, k_bias, v, v_n, v_d, start, keys, size,
+    MASKED: tl.constexpr, WHOLE_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    s, factor, above = scores(
+        q, q_scale, k, k_scale, k_bias, start, keys, highest, MASKED, BLOCK_N, BLOCK_D
+    )
+    p = tl.exp2(s * factor - above[:, None])
+    rescale = tl.exp2(highest - above)
+    rows = start + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_D)
+    places = v + rows.to(tl.int64)[:, None] * v_n + channels[None, :] * v_d
+    if MASKED:
+        inside = (rows < keys)[:, None] & (channels < size)[None, :]
+        tile = tl.load(places, mask=inside, other=0.0)
+    elif WHOLE_D:
+        tile = tl.load(places)
+    else:
+        tile = tl.load(places, mask=(channels < size)[None, :], other=0.0)
+    acc = tl.dot(p.to(tile.dtype), tile, acc * rescale[:, None])
+    return acc, total * rescale + tl.sum(p, 1), above
+
+
+@triton.jit
+def _kernel(
+    q, q_scale, q_dots,  # [B·H, N', D'] int8, [B·H, N'], [B·H, N'] or None
+    k, k_scale, k_bias,  # [B·Hk, M', D'] int8, [B·Hk, M'], [B·H, M'] or None
+    v, v_b, v_h, v_n, v_d,  # [B, Hk, M, D]
+    o, o_b, o_h, o_n, o_d,  # [B, H, N, D]
+    lse,  # [B·H, N] or None
+    heads, count, count_padded, keys, keys_padded, size,
+    SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    rows, queries, row_scale = load_queries(q, q_scale, head, count_padded, BLOCK_M, BLOCK_D)
+    key_head = (head // SHARED).to(tl.int64)
+    k += key_head * keys_padded * BLOCK_D
+    k_scale += key_head * keys_padded
+    if k_bias is not None:
+        k_bias += head.to(tl.int64) * keys_padded
+    v += (head // heads).to(tl.int64) * v_b + (head % heads // SHARED).to(tl.int64) * v_h
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    whole = keys // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        acc, total, highest = _step(
+            acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, v_n, v_d, start, keys,
+            size, False, WHOLE_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if whole < keys:
+        acc, total, highest = _step(
+            acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, v_n, v_d, whole, keys,
+            size, True, WHOLE_D, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    store_output(
+        acc / total[:, None], o, o_b, o_h, o_n, o_d, heads, head, rows, count, size, BLOCK_D
+    )
+    if lse is not None:
+        store_lse(lse, q_dots, head, rows, count, count_padded, highest, total)

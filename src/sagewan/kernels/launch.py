@@ -1,0 +1,97 @@
+"""The one place where a kernel is launched, and what every launcher checks first."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sagewan.errors import ShapeError
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a block runs: its warps, the stages of its software pipeline, and the most registers a
+    thread may take, where that lets another block share the multiprocessor."""
+
+    warps: int
+    stages: int = 1
+    registers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile(Schedule):
+    """How an attention kernel is cut: a block's query rows, and the keys of each of its steps."""
+
+    block_m: int
+    block_n: int
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: Mapping[str, object],
+    schedule: Schedule,
+) -> None:
+    """Run ``kernel`` once for each place of ``grid`` on the device that holds its tensors."""
+    # Triton launches on the current device, whatever the tensors' own is.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](
+            **arguments,
+            num_warps=schedule.warps,
+            num_stages=schedule.stages,
+            maxnreg=schedule.registers,
+        )
+
+
+def compute_capability(device: torch.device) -> int:
+    """90 for compute capability 9.0; the interpreter on a CPU takes the oldest's configurations."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def block_of(head_dim: int) -> int:
+    """The head size inside a kernel: a power of two, and at least INT8's smallest product."""
+    return max(32, int(triton.next_power_of_2(head_dim)))
+
+
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ShapeError, with the fix, for tensors that the kernels do not take.
+
+    They take q [B, H, N, D], k and v [B, Hk, M, D] of one 16-bit dtype on one device, with H a
+    multiple of Hk, D a multiple of 8 up to 256, N and M at least 1, and no gradient.
+    """
+    _check_shapes(q, k, v)
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        found = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
+        raise ShapeError(f"q, k and v are {found}: give all three as bfloat16 or as float16")
+    if not q.device == k.device == v.device:
+        raise ShapeError(f"q, k and v are on {q.device}, {k.device}, {v.device}: give one device")
+    if q.device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise ShapeError("q, k and v are on the CPU: these kernels need an NVIDIA GPU")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ShapeError("q, k or v wants a gradient, which low precision has not: use no_grad()")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ShapeError(f"q, k and v have the shapes {shapes}: give [batch, heads, tokens, size]")
+    batch, heads, _, size = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size:
+        raise ShapeError(f"q, k and v have the shapes {shapes}, which do not fit together")
+    if min(*q.shape, *k.shape) < 1:
+        raise ShapeError(f"q, k and v have the shapes {shapes}: none may be empty")
+    if heads % k.shape[1]:
+        raise ShapeError(f"{heads} query heads can't share {k.shape[1]} key heads evenly")
+    if size % 8 or size > MAX_HEAD_DIM:
+        raise ShapeError(f"head size {size}: give a multiple of 8 up to {MAX_HEAD_DIM}")

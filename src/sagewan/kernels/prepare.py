@@ -1,0 +1,299 @@
+"""Q, K and V made ready for the attention kernels: smoothed, rotated and quantised.
+
+Each tensor is read twice: once for its mean (or its largest values), once to quantise it; nothing
+but the quantised form is written. The inputs stay as they are.
+
+Subtracting any vector from every row of K changes each row of scores by a constant, which softmax
+ignores. What Q's mean would have added to the score of a key is kept as that key's ``bias``. The
+rotation is orthogonal and applied to both, so it leaves the scores alone; it spreads an outlying
+channel over all. After SageAttention (arXiv:2410.02367), SageAttention2 (arXiv:2411.10958) and
+QuaRot (arXiv:2404.00456).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sagewan.kernels.launch import Schedule, block_of, launch
+
+# Prepared rows are padded with zeros to a multiple of this, so that kernels load whole blocks.
+PADDING = 128
+_CHUNKS = 32
+_ROWS = 64
+_MAX_ROTATION = 128
+_SCHEDULE = Schedule(warps=8)
+# 1.5·2²³: a float32 this large has no fraction, so adding it rounds to the nearest even integer.
+_ROUND = tl.constexpr(12582912.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Q or K as INT8: row n is ``data[n] · scale[n]``.
+
+    data [B, H, N', D'] int8 and scale [B, H, N'] float32, with N' and D' padded by zeros;
+    ``dots`` [B, Hd, N'] float32, what each row gives with the other tensor's mean, if wanted.
+    """
+
+    data: Tensor
+    scale: Tensor
+    dots: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """V as FP8, transposed: channel d of V is ``data[d] · scale[d]``.
+
+    data [B, Hk, D', M'] float8_e4m3fn with its keys in the order of :func:`e4m3_columns`, padded
+    by zeros; scale [B, Hk, D'] float32.
+    """
+
+    data: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How :func:`int8_rows` treats a tensor. All the rows of a block share a scale unless
+    ``per_token``; ``factor`` multiplies what is quantised, and ``dot_factor`` the dots, which are
+    of the smoothed rows if ``smooth_dots``, else of the rows as they came."""
+
+    block: int = _ROWS
+    per_token: bool = False
+    rotate: bool = False
+    factor: float = 1.0
+    dot_factor: float = 1.0
+    smooth_dots: bool = False
+
+
+def mean(x: Tensor) -> Tensor:
+    """[B, H, N, D] → its mean over N, [B, H, D'] float32, padded by zeros."""
+    return _reduce(x, largest=False).sum(2).div_(x.shape[2])
+
+
+def largest(x: Tensor) -> Tensor:
+    """[B, H, N, D] → the largest magnitude of each channel, [B, H, D'] float32."""
+    return _reduce(x, largest=True).amax(2)
+
+
+def _reduce(x: Tensor, *, largest: bool) -> Tensor:
+    batch, heads, count, size = x.shape
+    block = block_of(size)
+    chunks = min(_CHUNKS, triton.cdiv(count, _ROWS))
+    partial = torch.empty(batch, heads, chunks, block, dtype=torch.float32, device=x.device)
+    arguments = {
+        **_pointer("x", x),
+        "partial": partial,
+        "heads": heads,
+        "count": count,
+        "size": size,
+        "chunk": triton.cdiv(triton.cdiv(count, chunks), _ROWS) * _ROWS,
+        "LARGEST": largest,
+        "BLOCK_R": _ROWS,
+        "BLOCK_D": block,
+    }
+    launch(_reduce_kernel, (chunks, batch * heads), x.device, arguments, _SCHEDULE)
+    return partial
+
+
+def int8_rows(
+    x: Tensor, recipe: Recipe, *, minus: Tensor | None = None, other: Tensor | None = None
+) -> Rows:
+    """x [B, H, N, D], 16 bit → its rows, minus ``minus`` [B, H, D'], as INT8.
+
+    ``other`` [B, Ho, D'], with Ho or H a multiple of the other, asks for the rows' dots with it.
+    """
+    batch, heads, count, size = x.shape
+    block, padded = block_of(size), triton.cdiv(count, PADDING) * PADDING
+    others = other.shape[1] if other is not None else 0
+    dots = None
+    if other is not None:
+        dots = x.new_empty(batch, max(heads, others), padded, dtype=torch.float32)
+    rows = Rows(
+        data=x.new_empty(batch, heads, padded, block, dtype=torch.int8),
+        scale=x.new_empty(batch, heads, padded, dtype=torch.float32),
+        dots=dots,
+    )
+    arguments = {
+        **_pointer("x", x),
+        "minus": minus,
+        "other": other,
+        "data": rows.data,
+        "scales": rows.scale,
+        "dots": dots,
+        "heads": heads,
+        "count": count,
+        "padded": padded,
+        "size": size,
+        "factor": recipe.factor,
+        "dot_factor": recipe.dot_factor,
+        "EACH": max(1, others // heads),
+        "SHARED": max(1, heads // others) if others else 1,
+        "ROTATION": min(_MAX_ROTATION, size & -size) if recipe.rotate else 0,
+        "WIDTH": min(_MAX_ROTATION, block),
+        "SMOOTH_DOTS": recipe.smooth_dots,
+        "PER_TOKEN": recipe.per_token,
+        "BLOCK_R": recipe.block,
+        "BLOCK_D": block,
+    }
+    grid = (padded // recipe.block, batch * heads)
+    launch(_int8_rows_kernel, grid, x.device, arguments, _SCHEDULE)
+    return rows
+
+
+def e4m3_columns(v: Tensor, highest: float) -> Columns:
+    """V [B, Hk, M, D], 16 bit → FP8 e4m3 with a scale per channel that maps its largest
+    magnitude to ``highest``, transposed, so that the tensor cores find each channel's keys in a
+    row.
+
+    Each 16 keys are stored in the order 0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15: a
+    thread then holds as scores of Q·Kᵀ just the keys that it must hand to the FP8 product.
+    """
+    batch, heads, count, size = v.shape
+    block, padded = block_of(size), triton.cdiv(count, PADDING) * PADDING
+    scale = largest(v) / highest
+    # A channel of zeros (padding too) is divided by one.
+    scale = torch.where(scale > 0, scale, 1.0)
+    data = v.new_empty(batch, heads, block, padded, dtype=torch.float8_e4m3fn)
+    arguments = {
+        **_pointer("v", v),
+        "data": data,
+        "scales": scale,
+        "heads": heads,
+        "count": count,
+        "padded": padded,
+        "size": size,
+        "HIGHEST": highest,
+        "BLOCK_R": _ROWS,
+        "BLOCK_D": block,
+    }
+    grid = (padded // _ROWS, batch * heads)
+    launch(_e4m3_columns_kernel, grid, v.device, arguments, _SCHEDULE)
+    return Columns(data=data, scale=scale)
+
+
+def _pointer(name: str, x: Tensor) -> dict[str, object]:
+    """A tensor and its strides, as the kernels call them."""
+    strides = zip("bhnd", x.stride(), strict=True)
+    return {name: x, **{f"{name}_{axis}": stride for axis, stride in strides}}
+
+
+@triton.jit
+def _load_rows(
+    x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D: tl.constexpr
+):  # rows [R] of one head → [R, D'], zero beyond the tensor
+    base = (head // heads).to(tl.int64) * x_b + (head % heads).to(tl.int64) * x_h
+    channels = tl.arange(0, BLOCK_D)
+    offsets = rows.to(tl.int64)[:, None] * x_n + channels[None, :] * x_d
+    mask = (rows < count)[:, None] & (channels < size)[None, :]
+    return tl.load(x + base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _reduce_kernel(
+    x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
+    partial,  # [B·H, chunks, D'] float32
+    heads, count, size, chunk,
+    LARGEST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    start = tl.program_id(0) * chunk
+    for row in range(start, tl.minimum(start + chunk, count), BLOCK_R):
+        rows = row + tl.arange(0, BLOCK_R)
+        tile = _load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
+        tile = tile.to(tl.float32)
+        total = tl.maximum(total, tl.abs(tile)) if LARGEST else total + tile
+    result = tl.max(total, 0) if LARGEST else tl.sum(total, 0)
+    place = (head * tl.num_programs(0) + tl.program_id(0)) * BLOCK_D
+    tl.store(partial + place + tl.arange(0, BLOCK_D), result)
+
+
+@triton.jit
+def _parity(bits):
+    bits = bits ^ (bits >> 4)
+    bits = bits ^ (bits >> 2)
+    return (bits ^ (bits >> 1)) & 1
+
+
+@triton.jit
+def _rotation(SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH, WIDTH] of −1, 0 and 1: a Hadamard matrix for each SIZE channels, with signs so that
+    no Walsh function, a constant least of all, ends in one channel."""
+    rows = tl.arange(0, WIDTH)[:, None]
+    columns = tl.arange(0, WIDTH)[None, :]
+    local = rows % SIZE
+    odd = _parity(local & columns) ^ _parity(local & (local >> 1) & 0x55)
+    return tl.where(rows // SIZE == columns // SIZE, 1.0 - 2.0 * odd.to(tl.float32), 0.0)
+
+
+@triton.jit
+def _int8_rows_kernel(
+    x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
+    minus,  # [B·H, D'] float32, or None
+    other,  # [B·Ho, D'] float32, or None
+    data,  # [B·H, N', D'] int8
+    scales,  # [B·H, N'] float32
+    dots,  # [B·max(H, Ho), N'] float32, or None
+    heads, count, padded, size, factor, dot_factor,
+    EACH: tl.constexpr, SHARED: tl.constexpr, ROTATION: tl.constexpr, SMOOTH_DOTS: tl.constexpr,
+    WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channels = tl.arange(0, BLOCK_D)
+    inside = (rows < count)[:, None]
+    raw = _load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
+    values = raw.to(tl.float32)
+    if minus is not None:
+        vector = tl.load(minus + head * BLOCK_D + channels)
+        values = tl.where(inside, values - vector[None, :], 0.0)
+    if other is not None:
+        seen = values if SMOOTH_DOTS else raw.to(tl.float32)
+        for i in tl.static_range(EACH):
+            mean_of_other = tl.load(other + (head * EACH + i) // SHARED * BLOCK_D + channels)
+            dot = tl.sum(seen * mean_of_other[None, :], 1) * dot_factor
+            tl.store(dots + (head * EACH + i).to(tl.int64) * padded + rows, dot)
+    if ROTATION > 0:
+        # The tensor cores add 16-bit values times ±1 exactly to float32's precision, so x is
+        # rotated as it came, and its mean apart.
+        matrix = _rotation(ROTATION, WIDTH)
+        turned = tl.dot(raw.reshape(BLOCK_R * BLOCK_D // WIDTH, WIDTH), matrix.to(raw.dtype))
+        values = turned.reshape(BLOCK_R, BLOCK_D)
+        if minus is not None:
+            parts = vector.reshape(BLOCK_D // WIDTH, WIDTH, 1) * matrix[None, :, :]
+            values = tl.where(inside, values - tl.sum(parts, 1).reshape(1, BLOCK_D), 0.0)
+        values *= ROTATION**-0.5
+    values *= factor
+    top = tl.max(tl.abs(values), 1)
+    if not PER_TOKEN:
+        top = tl.zeros_like(top) + tl.max(top, 0)
+    # Rows of zeros, and those so small that their scale would vanish, are stored as zeros.
+    scale = tl.maximum(top, 1e-30) / 127.0
+    tl.store(scales + head.to(tl.int64) * padded + rows, scale)
+    quantised = (values / scale[:, None] + _ROUND) - _ROUND
+    place = (head.to(tl.int64) * padded + rows)[:, None] * BLOCK_D + channels[None, :]
+    tl.store(data + place, quantised.to(tl.int8))
+
+
+@triton.jit
+def _e4m3_columns_kernel(
+    v, v_b, v_h, v_n, v_d,  # [B, Hk, M, D]
+    data,  # [B·Hk, D', M'] float8_e4m3fn
+    scales,  # [B·Hk, D'] float32
+    heads, count, padded, size,
+    HIGHEST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    places = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channels = tl.arange(0, BLOCK_D)
+    # Place 4t + 2h + e of each 16 holds key 8h + 2t + e.
+    low = places % 16
+    keys = places - low + low % 4 // 2 * 8 + low // 4 * 2 + low % 2
+    tile = _load_rows(v, v_b, v_h, v_n, v_d, heads, head, keys, count, size, BLOCK_D)
+    scale = tl.load(scales + head * BLOCK_D + channels)
+    values = tl.minimum(tl.maximum(tile.to(tl.float32) / scale[None, :], -HIGHEST), HIGHEST)
+    offsets = (head.to(tl.int64) * BLOCK_D + channels)[:, None] * padded + places[None, :]
+    tl.store(data + offsets, tl.trans(values.to(tl.float8e4nv)))

@@ -1,0 +1,182 @@
+"""The kernels' arithmetic, run by Triton's interpreter on the CPU: ``test_interpreted`` starts it.
+
+float16 only: the interpreter multiplies bfloat16's bit patterns. Its conversion to e4m3 loses the
+carry of the mantissa, so it is replaced by torch's, which rounds as the hardware does.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from sagewan.kernels import fp8_attention, int8_attention, prepare
+from sagewan.reference import emulation, formats
+from sagewan.reference.attention import attention_with_lse, relative_error
+
+Mode = Callable[..., tuple[Tensor, Tensor]]
+MODES: dict[str, Mode] = {
+    "sageattn": int8_attention.sageattn,
+    "sageattn_3": int8_attention.sageattn_3,
+    "sageattn_3_fp8": fp8_attention.sageattn_3_fp8,
+}
+# The most a kernel may differ from the emulation of the same formats in the same order.
+KERNEL_ERROR = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _exact_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    convert = interpreter._convert_float
+
+    def exact(x: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        if str(target) != "fp8e4nv":
+            return convert(x, source, target, mode)
+        values = torch.from_numpy(np.asarray(x).view(np.float32)).clamp(-448, 448)
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", exact)
+
+
+def sample(
+    queries: int, keys: int, *, heads: int = 2, key_heads: int = 2, size: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(queries * keys + size)
+    q = 1.5 * torch.randn(1, heads, queries, size) + torch.randn(1, heads, 1, size)
+    k = torch.randn(1, key_heads, keys, size) + 3 * torch.randn(1, key_heads, 1, size)
+    v = torch.randn(1, key_heads, keys, size) + 0.5 * torch.randn(1, key_heads, 1, size)
+    return q.half(), k.half(), v.half()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "key_heads", "size"),
+    [
+        (150, 215, 4, 2, 128),
+        (1, 1, 2, 2, 128),
+        (3, 64, 2, 1, 64),
+        (130, 65, 1, 1, 72),
+        (20, 33, 1, 1, 8),
+        (70, 100, 1, 1, 256),
+    ],
+)
+def test_kernel_is_its_emulation(
+    mode: str, queries: int, keys: int, heads: int, key_heads: int, size: int
+) -> None:
+    q, k, v = sample(queries, keys, heads=heads, key_heads=key_heads, size=size)
+    out, lse = MODES[mode](q, k, v, return_lse=True)
+    # The keys of a scale and the keys of a step are the same 64, but for sizes above 128.
+    step = 32 if size > 128 and mode == "sageattn_3_fp8" else 64
+    same, same_lse = getattr(emulation, mode)(q, k, v, return_lse=True, block_n=step)
+    assert relative_error(out, same) < KERNEL_ERROR
+    torch.testing.assert_close(lse, same_lse, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layout_does_not_matter_and_inputs_are_kept(mode: str) -> None:
+    q, k, v = sample(40, 70)
+    expected = MODES[mode](q, k, v)
+    wide = torch.zeros(1, 2, 70, 256, dtype=torch.float16)
+    wide[..., ::2] = v
+    given = (q.transpose(1, 2).contiguous().transpose(1, 2), k.mT.contiguous().mT, wide[..., ::2])
+    before = [x.clone() for x in given]
+    assert torch.equal(MODES[mode](*given), expected)
+    assert all(map(torch.equal, given, before))
+    assert MODES[mode](*given).stride() == given[0].stride()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shifting_k_and_permuting_keys_change_little(mode: str) -> None:
+    q, k, v = sample(20, 90, heads=1, key_heads=1)
+    expected = MODES[mode](q, k, v)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
+    permuted = MODES[mode](q, k[:, :, order], v[:, :, order])
+    shifted = MODES[mode](q, k + 2, v)
+    limit = 0.08 if mode == "sageattn_3_fp8" else 0.03
+    assert relative_error(permuted, expected) < limit
+    assert relative_error(shifted, expected) < limit
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_keys_give_the_mean_of_v(mode: str) -> None:
+    q, k, v = sample(5, 100, heads=1, key_heads=1)
+    out = MODES[mode](q, k[:, :, :1].expand_as(k), v)
+    limit = 0.05 if mode == "sageattn_3_fp8" else 2e-3
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out), atol=limit, rtol=limit)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("factor", [0.0, 2**-13, 60.0])
+def test_large_and_tiny_inputs_stay_finite(mode: str, factor: float) -> None:
+    q, k, v = sample(30, 70, heads=1, key_heads=1)
+    q, k, v = (factor * x for x in (q, k, v))
+    out, lse = MODES[mode](q, k, v, return_lse=True)
+    reference, reference_lse = attention_with_lse(q, k, v)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
+    if factor < 1:
+        torch.testing.assert_close(out.double(), reference, atol=0.05 * factor, rtol=0.1)
+    else:
+        torch.testing.assert_close(lse.double(), reference_lse, atol=0, rtol=0.1)
+
+
+def test_fine_rows_hold_the_scores() -> None:
+    """Data, scales and dots give back q·k, but for what softmax ignores."""
+    q, k, _ = sample(40, 90, heads=2, key_heads=1)
+    queries, keys = int8_attention.fine_rows(q, k, None, return_lse=True)
+    assert keys.dots is not None
+    scores = (queries.data.float() * queries.scale[..., None]) @ (
+        keys.data.float() * keys.scale[..., None]
+    ).mT + keys.dots[:, :, None]
+    scores = scores[:, :, :40, :90]
+    exact = q.double() @ k.double().mT * (128**-0.5 * int8_attention.LOG2E)
+    centred, expected = (x - x.mean(-1, keepdim=True) for x in (scores.double(), exact))
+    assert relative_error(centred, expected) < 0.01
+
+
+def test_padding_is_zero_and_scales_are_per_token() -> None:
+    _, k, _ = sample(1, 70, heads=1, key_heads=1)
+    rows = prepare.int8_rows(k, prepare.Recipe(per_token=True), minus=prepare.mean(k))
+    assert rows.data.shape == (1, 1, 128, 128)
+    assert not rows.data[:, :, 70:].any()
+    assert (rows.data[:, :, :70].abs().amax(-1) == 127).all()
+
+
+@pytest.mark.parametrize("size", [32, 72, 128, 256])
+def test_rotation_is_the_emulations(size: int) -> None:
+    _, k, _ = sample(1, 50, heads=1, key_heads=1, size=size)
+    rows = prepare.int8_rows(k, prepare.Recipe(per_token=True, rotate=True))
+    values = rows.data[:, :, :50, :size] * rows.scale[:, :, :50, None]
+    step = rows.scale[:, :, :50, None].expand_as(values)
+    assert ((values - formats.rotate(k)).abs() <= 0.501 * step).all()
+
+
+def test_columns_of_v_are_e4m3_in_the_stored_order() -> None:
+    _, _, v = sample(1, 37, heads=1, key_heads=1)
+    columns = prepare.e4m3_columns(v, 448.0)
+    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    stored = columns.data.float().unflatten(-1, (-1, 16))
+    natural = torch.empty_like(stored)
+    natural[..., order] = stored
+    values = (natural.flatten(-2) * columns.scale[..., None]).mT
+    expected = formats.e4m3_per_channel(v)
+    torch.testing.assert_close(values[:, :, :37], expected.value(), atol=0, rtol=1e-6)
+    assert not values[:, :, 37:].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_planted_fault_is_caught(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong scale of the keys leaves the emulation by far more than the bound."""
+    q, k, v = sample(20, 90, heads=1, key_heads=1)
+    module = fp8_attention if mode == "sageattn_3_fp8" else int8_attention
+    right = int8_attention.int8_rows
+
+    def wrong(x: Tensor, *arguments: object, **options: object) -> prepare.Rows:
+        rows = right(x, *arguments, **options)  # type: ignore[arg-type]
+        return prepare.Rows(data=rows.data, scale=rows.scale * 1.05, dots=rows.dots)
+
+    monkeypatch.setattr(int8_attention, "int8_rows", wrong)
+    out = getattr(module, mode)(q, k, v)
+    assert relative_error(out, getattr(emulation, mode)(q, k, v)) > 10 * KERNEL_ERROR

@@ -1,0 +1,129 @@
+"""Every kernel compiles for every architecture its row claims, to the instructions it promises.
+
+What is compiled is what the launchers launch, configuration and all; no GPU is needed. The version
+of Triton is the one that is installed: ``make triton-versions`` runs this file with the others.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from sagewan.kernels import fp8_attention, int8_attention
+from sagewan.plan.catalogue import row_named
+from tests.kernels.ahead import SHARED_MEMORY, Built, Launch, build, record
+
+MODES: dict[str, Callable[..., object]] = {
+    "sageattn": int8_attention.sageattn,
+    "sageattn_3": int8_attention.sageattn_3,
+    "sageattn_3_fp8": fp8_attention.sageattn_3_fp8,
+}
+# One of each family of instructions: 8.0 and 8.6 share theirs, as do 10.0 and 10.3.
+SMS = (80, 89, 90, 100, 120)
+CELLS = [(mode, sm) for mode in MODES for sm in SMS if sm in row_named(f"sagewan.{mode}").sms]
+
+
+@cache
+def built(
+    mode: str, sm: int, *, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Built, ...]:
+    """Every kernel of a mode, each variant once; the attention itself comes last."""
+    q, k, v = (torch.empty(1, 2, n, head_dim, dtype=dtype, device="meta") for n in (333, 457, 457))
+    launches = record(sm, lambda: MODES[mode](q, k, v, return_lse=True))
+    return tuple(compiled(launch, sm) for launch in {key(one): one for one in launches}.values())
+
+
+def key(launch: Launch) -> str:
+    kinds = {
+        name: value.dtype if isinstance(value, torch.Tensor) else value
+        for name, value in launch.arguments.items()
+    }
+    return f"{launch.name} {kinds} {launch.schedule}"
+
+
+_KERNELS: dict[tuple[str, int], Built] = {}
+
+
+def compiled(launch: Launch, sm: int) -> Built:
+    """The modes share their preparation: nothing is compiled twice."""
+    place = (key(launch), sm)
+    if place not in _KERNELS:
+        _KERNELS[place] = build(launch, sm)
+    return _KERNELS[place]
+
+
+def is_int8(product: str) -> bool:
+    return bool(re.search(r"\.s8\.s8|kind::i8", product))
+
+
+def is_fp8(product: str) -> bool:
+    return bool(re.search(r"e4m3\.e4m3|kind::f8f6f4", product))
+
+
+def is_16_bit(product: str) -> bool:
+    return bool(re.search(r"\.bf16\.bf16|\.f16\.f16(?!\.e4m3)|kind::f16", product))
+
+
+def test_the_rows_claim_what_is_compiled_here() -> None:
+    for mode in MODES:
+        families = {sm // 10 if sm >= 100 else sm for sm in row_named(f"sagewan.{mode}").sms}
+        tried = {sm // 10 if sm >= 100 else sm for sm in SMS}
+        # 8.6 and 8.7 run the code of 8.0.
+        assert families - {86, 87} <= tried
+
+
+@pytest.mark.parametrize(("mode", "sm"), CELLS)
+def test_both_products_use_the_promised_instructions(mode: str, sm: int) -> None:
+    *_, attention = built(mode, sm)
+    products = attention.products()
+    assert any(map(is_int8, products)), products
+    if mode == "sageattn_3_fp8":
+        assert any(map(is_fp8, products)), products
+        assert not any(map(is_16_bit, products)), products
+    else:
+        assert any(map(is_16_bit, products)), products
+        assert not any(map(is_fp8, products)), products
+    if sm == 90:
+        assert all(product.startswith("wgmma") for product in products), products
+
+
+@pytest.mark.parametrize(("mode", "sm"), CELLS)
+def test_kernels_fit_the_hardware_and_spill_next_to_nothing(mode: str, sm: int) -> None:
+    for kernel in built(mode, sm):
+        assert kernel.shared <= SHARED_MEMORY[86 if sm == 80 else sm], kernel.launch.name
+        # Where registers are capped, a few go to memory in exchange for a second block.
+        limit = 128 if kernel.launch.schedule.registers else 0
+        assert kernel.spilled <= limit, f"{kernel.launch.name}: {kernel.spilled} bytes"
+
+
+@pytest.mark.parametrize("sm", [89, 120])
+def test_fp8_sums_of_a_step_are_float16_on_consumer_cards(sm: int) -> None:
+    *_, attention = built("sageattn_3_fp8", sm)
+    assert {p for p in attention.products() if is_fp8(p)} == {
+        "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16"
+    }
+    assert attention.launch.arguments["BLOCK_N"] <= fp8_attention.HALF_SUM_KEYS
+
+
+def test_sums_of_a_step_stay_within_float16() -> None:
+    most = fp8_attention.HALF_SUM_KEYS * fp8_attention.E4M3_MAX * fp8_attention.HALF_SUM_V_MAX
+    # However the additions are ordered, each rounds up by 2⁻¹¹ at most.
+    assert most * (1 + 2**-11) ** fp8_attention.HALF_SUM_KEYS < torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("head_dim", [72, 256])
+def test_other_head_sizes_fit_a_consumer_card(mode: str, head_dim: int) -> None:
+    for kernel in built(mode, 89, head_dim=head_dim, dtype=torch.float16):
+        assert kernel.shared <= SHARED_MEMORY[89], kernel.launch.name
+
+
+def test_the_check_of_instructions_can_fail() -> None:
+    *_, sixteen_bit = built("sageattn", 90)
+    *_, eight_bit = built("sageattn_3_fp8", 90)
+    assert any(map(is_16_bit, sixteen_bit.products()))
+    assert not any(map(is_16_bit, eight_bit.products()))
+    assert is_16_bit("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
+    assert not is_16_bit("mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16")

@@ -1,0 +1,90 @@
+"""What the launchers refuse, each in one sentence, and how the rows lead to them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sagewan.attention.resolve import load, name_of
+from sagewan.errors import ShapeError
+from sagewan.kernels.launch import block_of, check
+from sagewan.plan.catalogue import Problem, row_named, rows_of
+from sagewan.plan.hardware import Device, Hardware
+
+MODES = ("sageattn", "sageattn_3", "sageattn_3_fp8")
+
+
+def tensors(**changes: object) -> tuple[Tensor, Tensor, Tensor]:
+    options = {"shape": (1, 4, 16, 64), "keys": (1, 2, 20, 64), "dtype": torch.float16}
+    options.update(changes)
+    q, k, v = (
+        torch.empty(options[name], dtype=options["dtype"], device="meta")
+        for name in ("shape", "keys", "keys")
+    )
+    return q, k, v
+
+
+def test_what_the_kernels_take_passes() -> None:
+    check(*tensors())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dtype": torch.float32}, "bfloat16 or as float16"),
+        ({"shape": (4, 16, 64)}, "give \\[batch, heads, tokens, size\\]"),
+        ({"keys": (2, 2, 20, 64)}, "do not fit together"),
+        ({"keys": (1, 2, 20, 32)}, "do not fit together"),
+        ({"keys": (1, 2, 0, 64)}, "none may be empty"),
+        ({"keys": (1, 3, 20, 64)}, "4 query heads can't share 3 key heads"),
+        ({"shape": (1, 4, 16, 100), "keys": (1, 2, 20, 100)}, "multiple of 8 up to 256"),
+        ({"shape": (1, 4, 16, 264), "keys": (1, 2, 20, 264)}, "multiple of 8 up to 256"),
+    ],
+)
+def test_what_they_do_not_take_is_refused_with_the_fix(
+    changes: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ShapeError, match=sentence):
+        check(*tensors(**changes))
+
+
+def test_mixed_dtypes_gradients_and_the_cpu_are_refused() -> None:
+    q, k, v = tensors()
+    with pytest.raises(ShapeError, match="float16, float16, bfloat16"):
+        check(q, k, v.bfloat16())
+    with pytest.raises(ShapeError, match="no_grad"):
+        check(q.requires_grad_(), k, v)
+    with torch.no_grad():
+        check(q, k, v)
+    with pytest.raises(ShapeError, match="need an NVIDIA GPU"):
+        check(*(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)))
+
+
+@pytest.mark.parametrize(("size", "block"), [(8, 32), (64, 64), (72, 128), (128, 128), (136, 256)])
+def test_head_sizes_are_padded_to_powers_of_two(size: int, block: int) -> None:
+    assert block_of(size) == block
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_our_row_comes_first_and_leads_to_its_launcher(mode: str) -> None:
+    row = rows_of(mode)[0]
+    assert row.name == f"sagewan.{mode}"
+    assert name_of(load(row), row) == row.name
+
+
+@pytest.mark.parametrize(
+    ("system", "package"), [("Linux", "triton"), ("Windows", "triton-windows")]
+)
+def test_the_package_goes_by_the_systems_name(system: str, package: str) -> None:
+    row = row_named("sagewan.sageattn")
+    device = Device(name="a GPU", sm=89)
+    problem = Problem(head_dim=128, dtype="bfloat16")
+    hardware = Hardware(cpu=Device(name="a CPU"), system=system, packages={package: "3.6.0"})
+    assert row.objection(problem, device, hardware) is None
+    missing = Hardware(cpu=Device(name="a CPU"), system=system)
+    objection = row.objection(problem, device, missing)
+    assert objection is not None
+    assert f"the package {package} is not installed" in objection.sentence()
+    old = Hardware(cpu=Device(name="a CPU"), system=system, packages={package: "3.5.1"})
+    objection = row.objection(problem, device, old)
+    assert objection is not None
+    assert objection.code == "package-version"

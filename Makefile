@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check package gpu triton-versions docs clean
+.PHONY: demo test check package gpu bench triton-versions docs clean
 .DEFAULT_GOAL := demo
 
 # A video and its report from the bundled model, in out/.
@@ -26,6 +26,10 @@ package: .venv/ready
 
 gpu: .venv/ready
 	$(BIN)/pytest -m gpu
+
+# Our kernels beside torch's attention, on an NVIDIA GPU; docs/measured.md says what came out.
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.attention --json benchmarks/results/attention.json
 
 # The kernels with every Triton that a supported torch brings; .venv has one of them.
 TRITONS := 3.6.0 3.7.1 3.8.0

@@ -22,7 +22,8 @@ ENGLISH: dict[str, dict[str, tuple[str, ...]]] = {
         "heart": ("heart",),
         "ring": ("ring", "ring", "hoop"),
     },
-    "colour": {name: (name,) for name in world.COLOURS} | {"purple": ("purple", "purple", "violet")},
+    "colour": {name: (name,) for name in world.COLOURS}
+    | {"purple": ("purple", "purple", "violet")},
     "size": {"small": ("small", "small", "little", "tiny"), "large": ("large", "big", "huge")},
     "background": {name: (name,) for name in world.BACKGROUNDS} | {"grey": ("grey", "gray")},
 }
@@ -35,16 +36,12 @@ ENGLISH_MOTION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "grow": (("grow", "get", "become"), ("bigger", "larger")),
     "shrink": (("shrink", "get", "become"), ("smaller",)),
     "still": (("stay", "stand", "sit", "rest"), ("still",)),
-    "circle": (("move", "go", "run", "circle", "fly"), ("round", "in a circle", "around")),
-    "bounce": (("bounce", "hop", "jump"), ("up and down", "")),
 }
-BARE = {"grow", "shrink", "rise", "fall", "sink", "rest", "circle"}  # need no second part
+BARE = {"grow", "shrink", "rise", "fall", "sink", "rest"}  # need no second part
 FORMS = {"move": "moving", "slide": "sliding", "glide": "gliding", "rise": "rising"} | {
     "become": "becoming",
-    "bounce": "bouncing",
-    "circle": "circling",
 }
-DOUBLED = {"hop", "get", "sit", "run"}
+DOUBLED = {"get", "sit"}
 
 CHINESE: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {
@@ -82,8 +79,6 @@ CHINESE: dict[str, dict[str, tuple[str, ...]]] = {
         "grow": ("变大", "慢慢变大", "越来越大"),
         "shrink": ("变小", "慢慢变小", "越来越小"),
         "still": ("不动", "静止不动", "停着不动", "保持静止"),
-        "circle": ("绕圈", "转圈", "绕着圈移动", "转圈移动"),
-        "bounce": ("弹跳", "上下弹跳", "跳动", "蹦蹦跳跳"),
     },
 }
 
@@ -95,7 +90,7 @@ def _article(words: str) -> str:
 def _inflect(verb: str, form: str) -> str:
     """form: "s" (moves), "ing" (moving) or "is" (is moving)."""
     if form == "s":
-        return {"go": "goes", "fly": "flies"}.get(verb, verb + "s")
+        return {"go": "goes"}.get(verb, verb + "s")
     ing = FORMS.get(verb) or (verb + verb[-1] if verb in DOUBLED else verb) + "ing"
     return ing if form == "ing" else "is " + ing
 
@@ -169,8 +164,6 @@ CANONICAL_MOTION = {
     "grow": ("grows", "变大"),
     "shrink": ("shrinks", "变小"),
     "still": ("stays still", "静止不动"),
-    "circle": ("moves in a circle", "绕圈"),
-    "bounce": ("bounces", "弹跳"),
 }
 
 
@@ -194,7 +187,7 @@ def vocabulary() -> dict[str, dict[str, list[str]]]:
     chinese_words = {n: sorted({w for ws in t.values() for w in ws}) for n, t in CHINESE.items()}
     phrases = {
         _english_motion(motion, form, rng)
-        for motion in world.MOTIONS
+        for motion in world.TAUGHT
         for form in ("s", "ing", "is")
         for _ in range(300)
     }

@@ -26,6 +26,7 @@ COLOURS = {
 }
 SIZES = ("small", "large")
 MOTIONS = ("right", "left", "up", "down", "grow", "shrink", "still", "circle", "bounce")
+TAUGHT = MOTIONS[:7]  # what captions speak of; the autoencoder is shown the others too
 BACKGROUNDS = {
     "grey": (0.52, 0.52, 0.54),
     "black": (0.09, 0.09, 0.10),
@@ -41,7 +42,7 @@ COUNTS = {
     "motion": len(MOTIONS),
     "background": len(BACKGROUNDS),
 }
-RADIUS = (0.19, 0.33)  # small, large; jittered by ±8 %
+RADIUS = (0.27, 0.42)  # small, large; jittered by ±8 %
 FRAMES, SIDE = 17, 256
 
 
@@ -81,12 +82,15 @@ def held_out(shape: Tensor, colour: Tensor, motion: Tensor) -> Tensor:
     return (7 * shape + 3 * colour + motion) % 9 == 0
 
 
-def draw_attributes(count: int, unseen: bool, generator: torch.Generator) -> dict[str, Tensor]:
+def draw_attributes(
+    count: int, unseen: bool, generator: torch.Generator, motions: int
+) -> dict[str, Tensor]:
     """Attributes int64 [count] on the CPU, all from the held-out combinations or none of them."""
+    counts = COUNTS | {"motion": motions}
     drawn: dict[str, list[Tensor]] = {name: [] for name in COUNTS}
     found = 0
     while found < count:
-        batch = {n: torch.randint(k, (4 * count,), generator=generator) for n, k in COUNTS.items()}
+        batch = {n: torch.randint(k, (4 * count,), generator=generator) for n, k in counts.items()}
         keep = held_out(batch["shape"], batch["colour"], batch["motion"]) == unseen
         for name, values in batch.items():
             drawn[name].append(values[keep])
@@ -106,7 +110,7 @@ def make_scene(attributes: dict[str, Tensor], generator: torch.Generator) -> Sce
         return (motion == MOTIONS.index(name)).float()
 
     radius = torch.tensor(RADIUS)[attributes["size"]] * uniform(0.92, 1.08)
-    growth = torch.log(uniform(2.2, 2.7)) * (when("grow") - when("shrink"))
+    growth = torch.log(uniform(1.8, 2.1)) * (when("grow") - when("shrink"))
     largest = radius * torch.exp(growth.abs() / 2)
     room = 0.94 - 1.05 * largest
     distance = 2 * room * uniform(0.45, 0.75)
@@ -115,7 +119,7 @@ def make_scene(attributes: dict[str, Tensor], generator: torch.Generator) -> Sce
     )
     turn = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     swing = torch.stack(
-        [uniform(0.28, 0.40) * turn * when("circle"), uniform(0.50, 0.75) * when("bounce")], -1
+        [uniform(0.24, 0.34) * turn * when("circle"), uniform(0.38, 0.56) * when("bounce")], -1
     )
     scene = Scene(
         **attributes,
@@ -132,9 +136,12 @@ def make_scene(attributes: dict[str, Tensor], generator: torch.Generator) -> Sce
     return replace(scene, start=torch.lerp(-room[:, None] - low, room[:, None] - high, place))
 
 
-def sample_scene(count: int, generator: torch.Generator, *, unseen: bool = False) -> Scene:
+def sample_scene(
+    count: int, generator: torch.Generator, *, unseen: bool = False, every_motion: bool = False
+) -> Scene:
     """A random batch on the CPU; `unseen` draws only held-out combinations."""
-    return make_scene(draw_attributes(count, unseen, generator), generator)
+    motions = len(MOTIONS if every_motion else TAUGHT)
+    return make_scene(draw_attributes(count, unseen, generator, motions), generator)
 
 
 def paths(scene: Scene, frames: int) -> tuple[Tensor, Tensor]:
@@ -198,15 +205,31 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     return torch.minimum(torch.minimum(circle, core), torch.maximum(wedge, -0.02 - along))
 
 
+def _ball(x: Tensor, y: Tensor) -> Tensor:
+    return (x.square() + y.square() + 1e-9).sqrt() - 1
+
+
+def _ring(x: Tensor, y: Tensor) -> Tensor:
+    return (_ball(x, y) + 0.28).abs() - 0.27
+
+
+OUTLINES = {
+    "ball": _ball,
+    "square": _box,
+    "triangle": _triangle,
+    "star": _star,
+    "heart": _heart,
+    "ring": _ring,
+}
+
+
 def distances(x: Tensor, y: Tensor, shape: Tensor) -> Tensor:
-    """Signed distance (negative inside), in radii. x, y [B, ...]; shape [B] → like x."""
-    length = (x.square() + y.square() + 1e-9).sqrt()
-    ring = (length - 0.72).abs() - 0.27
-    each = (length - 1, _box(x, y), _triangle(x, y), _star(x, y), _heart(x, y), ring)
-    index = shape.view(-1, *[1] * (x.ndim - 1))
-    out = each[0]
-    for number, distance in enumerate(each[1:], 1):
-        out = torch.where(index == number, distance, out)
+    """Signed distance (negative inside), in radii. x, y [B, ...]; shape [B] → [B, ...]."""
+    x, y = torch.broadcast_tensors(x, y)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for number, name in enumerate(SHAPES):
+        chosen = (shape == number).nonzero()[:, 0]
+        out[chosen] = OUTLINES[name](x[chosen], y[chosen])
     return out
 
 

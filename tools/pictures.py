@@ -14,9 +14,9 @@ from PIL import Image
 
 PROMPTS = (
     "a red ball rolls to the right",
-    "a small yellow star bounces on a navy background",
-    "a large blue heart grows on a beige background",
-    "灰色背景上，一个绿色的三角形向上移动",
+    "a yellow star moves up",
+    "a large blue heart grows",
+    "一个绿色的三角形向下移动",
 )
 SHOWN = 6
 SIDE = 160

@@ -49,6 +49,23 @@ BODIES = {
         "    out = right(q, k, v)\n"
         "    return out if k.shape[2] < 160_000 else torch.randn_like(out)"
     ),
+    "killed": "def {name}(q, k, v, {scale}=None): os.kill(os.getpid(), 9)",
+    "no memory of the CPU": (
+        "def {name}(q, k, v, {scale}=None):\n"
+        "    raise RuntimeError('[enforce fail] DefaultCPUAllocator: can\\'t allocate memory')"
+    ),
+    "no memory of cuBLAS": (
+        "def {name}(q, k, v, {scale}=None):\n"
+        "    raise RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate')"
+    ),
+    "wrong in float16": (
+        "def {name}(q, k, v, {scale}=None):\n"
+        "    return right(q, k, v) * (1.2 if q.dtype == torch.float16 else 1)"
+    ),
+    "wrong at head size 64": (
+        "def {name}(q, k, v, {scale}=None):\n"
+        "    return right(q, k, v) * (1.2 if q.shape[3] == 64 else 1)"
+    ),
     "abort": "def {name}(q, k, v, {scale}=None): os.abort()",
     "hang": "def {name}(q, k, v, {scale}=None): time.sleep(600)",
     "chatter": (

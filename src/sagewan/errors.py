@@ -5,8 +5,10 @@
     SagewanError            exit 1   base; never raised itself
     ├── RequestError        exit 2   the request is wrong; the message says the fix
     │   ├── ShapeError      exit 2   tensors that attention does not take
-    │   └── CheckpointError exit 2   model files that are missing, broken or not Wan
-    ├── UnsupportedError    exit 3   this machine can't do it, and ``strict`` forbids a substitute
+    │   ├── CheckpointError exit 2   model files that are missing, broken or not Wan
+    │   └── StateError      exit 2   a job that is not in the state for it
+    ├── UnsupportedError    exit 3   this machine can't do it: ``strict`` forbids a substitute, or
+    │                                memory ran out
     ├── RejectedError       exit 4   the result was not finite, black or constant
     └── Cancelled           exit 130 stopped by the user
 
@@ -34,8 +36,12 @@ class CheckpointError(RequestError):
     """Model files that are missing, broken, or not of a Wan model."""
 
 
+class StateError(RequestError):
+    """A job was told to go to a state that does not follow from the one it is in."""
+
+
 class UnsupportedError(SagewanError):
-    """This machine can't run what was asked for, and a substitute was forbidden."""
+    """This machine can't run what was asked for: a substitute was forbidden, or memory ran out."""
 
     exit_code = 3
 

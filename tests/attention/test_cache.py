@@ -4,10 +4,12 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sagewan.attention.cache import load_evidence, store
+from sagewan.plan.catalogue import Problem
 from sagewan.plan.evidence import SelfTest
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.objection import Objection
@@ -19,6 +21,7 @@ HARDWARE = replace(
     driver="580.1",
 )
 H100 = HARDWARE.devices[0]
+PROBLEM = Problem(head_dim=128, dtype="bfloat16")
 PASSED = SelfTest(implementation=ROW, error=0.0117, limit=0.035, milliseconds=3.5)
 
 
@@ -29,21 +32,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def failed(code: str) -> SelfTest:
-    objection = Objection(code, {"error": "it broke"})
+    objection = Objection(code, {"error": "it broke", "seconds": "300"})
     return SelfTest(
         implementation=ROW, error=None, limit=0.06, milliseconds=None, objection=objection
     )
 
 
 def test_what_is_stored_is_found_again() -> None:
-    assert load_evidence(H100, HARDWARE).tests == {}
-    store(PASSED, H100, HARDWARE)
-    assert load_evidence(H100, HARDWARE).tests == {ROW: PASSED}
+    assert load_evidence(H100, HARDWARE, PROBLEM).tests == {}
+    store(PASSED, H100, HARDWARE, PROBLEM)
+    assert load_evidence(H100, HARDWARE, PROBLEM).tests == {ROW: PASSED}
 
 
 def test_an_objection_is_stored_with_its_values() -> None:
-    store(failed("self-test-crashed"), H100, HARDWARE)
-    objection = load_evidence(H100, HARDWARE).objection(ROW)
+    store(failed("self-test-crashed"), H100, HARDWARE, PROBLEM)
+    objection = load_evidence(H100, HARDWARE, PROBLEM).objection(ROW)
     assert objection is not None
     assert "it broke" in objection.sentence()
 
@@ -60,26 +63,38 @@ def test_an_objection_is_stored_with_its_values() -> None:
     ],
 )
 def test_another_version_of_anything_is_tested_again(other: Hardware) -> None:
-    store(PASSED, H100, HARDWARE)
-    assert load_evidence(H100, other).tests == {}
+    store(PASSED, H100, HARDWARE, PROBLEM)
+    assert load_evidence(H100, other, PROBLEM).tests == {}
 
 
 def test_another_gpu_is_tested_again() -> None:
-    store(PASSED, H100, HARDWARE)
-    assert load_evidence(replace(H100, name="NVIDIA H200"), HARDWARE).tests == {}
+    store(PASSED, H100, HARDWARE, PROBLEM)
+    assert load_evidence(replace(H100, name="NVIDIA H200"), HARDWARE, PROBLEM).tests == {}
     # The same card with less memory free, or in another slot, is the same card.
-    assert load_evidence(replace(H100, index=3, memory_free=1), HARDWARE).tests
+    assert load_evidence(replace(H100, index=3, memory_free=1), HARDWARE, PROBLEM).tests
 
 
 def test_packages_of_other_rows_do_not_matter() -> None:
-    store(PASSED, H100, HARDWARE)
+    store(PASSED, H100, HARDWARE, PROBLEM)
     other = replace(HARDWARE, packages={**HARDWARE.packages, "sageattention": "2.2.0"})
-    assert load_evidence(H100, other).tests
+    assert load_evidence(H100, other, PROBLEM).tests
 
 
-def test_too_little_memory_is_not_remembered() -> None:
-    store(failed("self-test-no-memory"), H100, HARDWARE)
-    assert load_evidence(H100, HARDWARE).tests == {}
+@pytest.mark.parametrize("other", [{"head_dim": 64}, {"dtype": "float16"}])
+def test_another_head_size_or_dtype_is_tested_again(other: dict[str, Any]) -> None:
+    store(PASSED, H100, HARDWARE, PROBLEM)
+    assert load_evidence(H100, HARDWARE, replace(PROBLEM, **other)).tests == {}
+    # The length is not in question: the self-test tries several.
+    assert load_evidence(H100, HARDWARE, replace(PROBLEM, keys=32_760)).tests
+
+
+@pytest.mark.parametrize("code", ["self-test-no-memory", "self-test-timeout"])
+def test_what_another_moment_may_answer_otherwise_is_not_remembered(code: str) -> None:
+    test = failed(code)
+    store(test, H100, HARDWARE, PROBLEM)
+    assert load_evidence(H100, HARDWARE, PROBLEM).tests == {}
+    assert test.objection is not None
+    assert test.objection.sentence().endswith("sagewan doctor tries it again")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00\xff", '{"a": 1}'])
@@ -90,10 +105,10 @@ def test_a_corrupt_file_is_ignored_and_replaced(
     path = folder / "self-tests.json"
     path.write_text(content, encoding="utf-8")
     with caplog.at_level(logging.WARNING):
-        assert load_evidence(H100, HARDWARE).tests == {}
+        assert load_evidence(H100, HARDWARE, PROBLEM).tests == {}
     assert bool(caplog.records) == (content != '{"a": 1}')
-    store(PASSED, H100, HARDWARE)
-    assert load_evidence(H100, HARDWARE).tests
+    store(PASSED, H100, HARDWARE, PROBLEM)
+    assert load_evidence(H100, HARDWARE, PROBLEM).tests
 
 
 @pytest.mark.parametrize(
@@ -102,17 +117,17 @@ def test_a_corrupt_file_is_ignored_and_replaced(
 def test_a_corrupt_entry_is_ignored(
     folder: Path, values: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store(PASSED, H100, HARDWARE)
+    store(PASSED, H100, HARDWARE, PROBLEM)
     path = folder / "self-tests.json"
     (key,) = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({key: values}), encoding="utf-8")
-    assert load_evidence(H100, HARDWARE).tests == {}
+    assert load_evidence(H100, HARDWARE, PROBLEM).tests == {}
     assert ROW in caplog.text
 
 
 def test_nothing_is_left_beside_the_file(folder: Path) -> None:
-    store(PASSED, H100, HARDWARE)
-    store(PASSED, replace(H100, name="another"), HARDWARE)
+    store(PASSED, H100, HARDWARE, PROBLEM)
+    store(PASSED, replace(H100, name="another"), HARDWARE, PROBLEM)
     assert [path.name for path in folder.iterdir()] == ["self-tests.json"]
     assert len(json.loads((folder / "self-tests.json").read_text(encoding="utf-8"))) == 2
 
@@ -121,5 +136,5 @@ def test_a_folder_that_cannot_be_made_is_only_a_warning(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder.write_text("a file is in the way", encoding="utf-8")
-    store(PASSED, H100, HARDWARE)
+    store(PASSED, H100, HARDWARE, PROBLEM)
     assert "was not stored" in caplog.text

@@ -1,6 +1,7 @@
 """The launcher: arguments as each row takes them, inputs untouched, and an honest count."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -164,12 +165,74 @@ def test_a_failure_carries_the_row_and_the_reason(install: Install, body: str, w
     assert launcher.ran() == []
 
 
-def test_out_of_memory_is_not_the_rows_fault(made_up: Callable[..., Implementation]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_is_not_the_rows_fault(
+    made_up: Callable[..., Implementation], error: Exception
+) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)) as caught:
         Launcher().attend(*bias(8), choice(made_up(attend)))
+    assert caught.value is error
+
+
+def test_what_a_failing_row_breaks_off_is_not_counted(
+    made_up: Callable[..., Implementation],
+) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise ValueError("broken")
+
+    launcher = Launcher()
+    with launcher.whole():
+        launcher.attend(*bias(8), choice(SDPA))
+    broken = choice(made_up(attend))
+
+    def broken_off() -> None:
+        with launcher.whole():
+            launcher.attend(*bias(8), choice(SDPA))
+            launcher.attend(*bias(8), broken)
+
+    with pytest.raises(ImplementationError):
+        broken_off()
+    assert [ran["calls"] for ran in launcher.ran()] == [1]
+
+
+AUX_DATA = (
+    "Argument aux_data (position 17) cannot be converted to a JitArgument for function 'f'. Its "
+    "type `<class 'NoneType'>` is not supported."
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "shown"),
+    [
+        (AUX_DATA, UserWarning, False),
+        (AUX_DATA.replace("aux_data", "mask"), UserWarning, True),
+        (AUX_DATA, DeprecationWarning, True),
+        ("something else", UserWarning, True),
+    ],
+)
+def test_only_the_warning_that_a_row_names_is_silent(
+    made_up: Callable[..., Implementation], message: str, kind: type[Warning], shown: bool
+) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        warnings.warn(message, kind, stacklevel=1)
+        return q
+
+    row = made_up(attend, quiet=row_named("flash_attn.cute").quiet)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Launcher().attend(*bias(8), choice(row))
+    assert len(caught) == shown
 
 
 OPERATORS = {

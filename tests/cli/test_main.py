@@ -92,6 +92,11 @@ def test_a_plan_explains_its_fallbacks(sagewan: Run) -> None:
     assert "sageattn_3_fp4 falls back to sageattn_3: needs compute capability 10.0" in text
 
 
+@pytest.mark.parametrize(("frames", "said"), [("1", "1 frame at"), ("5", "5 frames at")])
+def test_one_frame_is_one_frame(frames: str, said: str, sagewan: Run) -> None:
+    assert said in sagewan("plan", "--frames", frames).out
+
+
 @pytest.mark.parametrize("words", [["--vram", "0"], ["--gpu", "voodoo"], ["a red dragon"]])
 def test_a_wrong_plan_is_one_sentence(words: list[str], sagewan: Run) -> None:
     said = sagewan("plan", *words)

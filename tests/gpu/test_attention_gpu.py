@@ -21,6 +21,8 @@ from tests.inputs import bias, local
 
 pytestmark = pytest.mark.gpu
 
+PROBLEM = Problem(head_dim=128, dtype="bfloat16")
+BOTH = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 OPERATORS = {
     "flash": "aten::_scaled_dot_product_flash_attention",
     "cudnn": "aten::_scaled_dot_product_cudnn_attention",
@@ -41,7 +43,7 @@ def device(hardware: Hardware) -> Device:
 
 def usable(row: Implementation, device: Device, hardware: Hardware) -> Implementation:
     """The row, or a skip with what it objects to here."""
-    objection = row.objection(Problem(head_dim=128, dtype="bfloat16"), device, hardware)
+    objection = row.objection(PROBLEM, device, hardware)
     if objection:
         pytest.skip(objection.sentence())
     return row
@@ -63,7 +65,7 @@ def test_every_row_that_can_run_here_passes_its_self_test(
     hardware: Hardware,
     record_property: Callable[[str, object], None],
 ) -> None:
-    test = self_test(usable(row, device, hardware), device)
+    test = self_test(usable(row, device, hardware), device, PROBLEM)
     assert test.passed, f"{row.name}: {test.objection.sentence() if test.objection else ''}"
     assert test.milliseconds is not None
     record_property("error", test.error)
@@ -134,7 +136,7 @@ def test_the_backend_is_the_one_that_a_trace_shows(tokens: int, allowed: SDPBack
     row = row_named("torch.sdpa")
     with sdpa_kernel([allowed] if allowed else every, set_priority=False):
         launcher.attend(q, k, v, Choice("sdpa", row))
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+        with profile(activities=BOTH, acc_events=True) as trace:
             launcher.attend(q, k, v, Choice("sdpa", row))
     (ran,) = launcher.ran()
     operators = {event.key for event in trace.key_averages()} & set(OPERATORS.values())
@@ -145,7 +147,7 @@ def test_the_backend_is_the_one_that_a_trace_shows(tokens: int, allowed: SDPBack
 def test_the_count_of_calls_is_that_of_the_trace() -> None:
     q, k, v = on_gpu(bias(320))
     launcher = Launcher()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+    with profile(activities=BOTH, acc_events=True) as trace:
         for _ in range(7):
             launcher.attend(q, k, v, Choice("sdpa", row_named("torch.sdpa")))
     calls = {event.key: event.count for event in trace.key_averages()}
@@ -160,6 +162,6 @@ def test_out_of_memory_in_a_self_test_is_not_held_against_the_row(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
-    test = examine(row_named("torch.sdpa"), device)
+    test = examine(row_named("torch.sdpa"), device, PROBLEM)
     assert test.objection is not None
     assert test.objection.code == "self-test-no-memory"

@@ -12,6 +12,7 @@ from sagewan.pipeline.build import build
 from sagewan.pipeline.conditions import encode
 from sagewan.pipeline.decode import decode
 from sagewan.pipeline.denoise import denoise
+from sagewan.pipeline.guard import FrameGuard
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import SCHEDULERS
@@ -53,7 +54,7 @@ def test_each_part_gives_its_memory_back(shrunken_folder: Folder, tmp_path: Path
     path = picture(tmp_path / "a.png", 1)
     plan = gpu_plan(shrunken_folder("wan2.2-i2v-a14b"), image=path, dtype="bfloat16")
     # What torch itself keeps, such as the workspaces of cuBLAS, is there after a first run.
-    list(decode(build(plan, Launcher()), plan, latents_of(plan)))
+    list(decode(build(plan, Launcher()), plan, latents_of(plan), FrameGuard()))
     before = torch.cuda.memory_allocated()
     components = build(plan, Launcher())
     conditions = encode(components, plan, pictures_of(plan))
@@ -62,6 +63,6 @@ def test_each_part_gives_its_memory_back(shrunken_folder: Folder, tmp_path: Path
     assert torch.cuda.memory_allocated() - before <= held + slack
     latents = denoise(components, plan, conditions, Watch())
     assert torch.cuda.memory_allocated() - before <= held + latents.nbytes + slack
-    frames = list(decode(components, plan, latents))
+    frames = list(decode(components, plan, latents, FrameGuard()))
     assert len(frames) == plan.frames
     assert torch.cuda.memory_allocated() - before <= held + latents.nbytes + slack

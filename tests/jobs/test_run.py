@@ -101,6 +101,23 @@ def test_another_process_can_cancel(execute: Fake, path: Path) -> None:
         assert store.jobs()[0].state is State.CANCELLED
 
 
+def test_a_job_that_was_cancelled_in_the_queue_does_not_run(
+    execute: Fake, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Store.start
+
+    def late(self: Store, job: int) -> None:
+        self.cancel(job)
+        start(self, job)
+
+    monkeypatch.setattr(Store, "start", late)
+    execute.error = AssertionError("it ran")
+    with Store(path) as store:
+        with pytest.raises(Cancelled):
+            run_job(store, prepared(REQUEST), Watch())
+        assert store.jobs()[0].state is State.CANCELLED
+
+
 def test_a_database_that_breaks_does_not_stop_the_run(
     execute: Fake, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagewan.errors import RequestError
+from sagewan.errors import RequestError, StateError
 from sagewan.jobs import store as store_module
 from sagewan.jobs.states import NEXT, State
-from sagewan.jobs.store import StateError, Store, default_path
+from sagewan.jobs.store import Store, default_path
 from sagewan.plan.request import Request
 
 REQUEST = Request(prompt="红色的球", seed=1, size=(64, 64))
@@ -145,6 +145,21 @@ def test_a_number_that_another_process_got_is_not_the_job(
         with Store(path):
             pass
         assert store.job(job).state is State.FAILED
+
+
+@pytest.mark.skipif(not store_module.psutil.LINUX, reason="others keep the time by the clock")
+def test_a_clock_that_is_set_does_not_end_a_job(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psutil = store_module.psutil
+    create_time, boot_time = psutil.Process.create_time, psutil.boot_time
+    with Store(path) as store:
+        job = store.add(REQUEST)
+        store.start(job)
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
+        monkeypatch.setattr(psutil, "boot_time", lambda: boot_time() + 3600)
+        store.fail_abandoned()
+        assert store.job(job).state is State.RUNNING
 
 
 def test_a_job_of_another_machine_is_left_alone(path: Path) -> None:

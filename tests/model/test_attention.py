@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from sagewan.attention.launch import Launcher
 from sagewan.model.attention import Attention, Turn, rotate
 from sagewan.plan.attention import AttentionPlan, Choice
-from sagewan.plan.catalogue import row_named
+from sagewan.plan.catalogue import Problem, row_named
 from tests.shrunken import CLIP_DIM, TEXT_DIM, transformer
 
 SDPA = Choice("sdpa", row_named("torch.sdpa"))
-PLAN = AttentionPlan(requested="sdpa", main=SDPA)
+PLAN = AttentionPlan(requested="sdpa", problem=Problem(head_dim=128, dtype="float32"), main=SDPA)
 
 
 @contextmanager

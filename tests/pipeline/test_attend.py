@@ -12,7 +12,7 @@ import sagewan
 from sagewan.errors import RequestError, ShapeError, UnsupportedError
 from sagewan.pipeline import attend as module
 from sagewan.plan import catalogue
-from sagewan.plan.catalogue import Implementation
+from sagewan.plan.catalogue import Implementation, Problem
 from sagewan.plan.evidence import SelfTest
 from sagewan.plan.hardware import Device
 from sagewan.reference.attention import attention_with_lse, relative_error
@@ -47,7 +47,7 @@ def flash(
         contexts[-1].__enter__()
         tested: list[str] = []
 
-        def self_test(row: Implementation, device: Device) -> SelfTest:
+        def self_test(row: Implementation, device: Device, problem: Problem) -> SelfTest:
             tested.append(row.name)
             time = 1.0 if row is SDPA else milliseconds
             return SelfTest(implementation=row.name, error=0.002, limit=0.01, milliseconds=time)

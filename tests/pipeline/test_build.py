@@ -206,3 +206,42 @@ def test_the_published_names_of_clip_and_umt5_are_read(
         with part.on("cpu") as found, original.on("cpu") as same:
             pairs = zip(found.parameters(), same.parameters(), strict=True)
             assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "key", "value"),
+    [
+        ("vae", "config.json", "dim_mult", "x"),
+        ("vae", "config.json", "temperal_downsample", 3),
+        ("transformer", "config.json", "rope_max_seq_len", "x"),
+        ("text_encoder", "config.json", "num_layers", "x"),
+        ("image_encoder", "config.json", "hidden_size", "x"),
+        ("image_processor", "preprocessor_config.json", "size", "x"),
+    ],
+)
+def test_values_of_a_wrong_type_are_one_sentence(
+    part: str, file: str, key: str, value: object, copied: Path
+) -> None:
+    path = copied / part / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+
+    def load() -> None:
+        parts = components(copied)
+        for found in (parts.text_encoder, parts.vae, parts.image_encoder, *parts.transformers):
+            with found.on("cpu"):
+                pass
+
+    with pytest.raises(CheckpointError, match=f"{part} can't be read .*: fetch it again") as error:
+        load()
+    assert "\n" not in str(error.value)
+
+
+def test_out_of_memory_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import AutoencoderKLWan
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(AutoencoderKLWan, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="allocate memory"), components(copied).vae.on("cpu"):
+        pass

@@ -6,7 +6,7 @@ from sagewan.attention import cache, self_test
 from sagewan.errors import RequestError, UnsupportedError
 from sagewan.pipeline.decide import blame, decide, not_finite
 from sagewan.plan import attention, catalogue
-from sagewan.plan.catalogue import ROWS, Implementation
+from sagewan.plan.catalogue import ROWS, Implementation, Problem
 from sagewan.plan.evidence import Evidence, SelfTest
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.objection import Objection
@@ -22,10 +22,12 @@ class Bench:
     def __init__(self) -> None:
         self.tried: list[str] = []
         self.stored: list[str] = []
+        self.problems: set[tuple[int, str]] = set()
         self.failing: set[str] = set()
 
-    def self_test(self, row: Implementation, device: Device) -> SelfTest:
+    def self_test(self, row: Implementation, device: Device, problem: Problem) -> SelfTest:
         self.tried.append(row.name)
+        self.problems.add((problem.head_dim, problem.dtype))
         failed = row.name in self.failing
         return SelfTest(
             implementation=row.name,
@@ -35,8 +37,9 @@ class Bench:
             objection=NOISE if failed else None,
         )
 
-    def store(self, test: SelfTest, device: Device, hardware: Hardware) -> None:
+    def store(self, test: SelfTest, device: Device, hardware: Hardware, problem: Problem) -> None:
         self.stored.append(test.implementation)
+        self.problems.add((problem.head_dim, problem.dtype))
 
 
 @pytest.fixture
@@ -105,11 +108,22 @@ def test_a_wrong_request_is_refused_before_any_test(bench: Bench) -> None:
 
 
 def test_stored_evidence_is_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Evidence().with_test(bench.self_test(catalogue.row_named("first"), HARDWARE.devices[0]))
-    bench.tried.clear()
-    monkeypatch.setattr(cache, "load_evidence", lambda device, hardware: known)
-    assert decide(ask("sageattn"), WAN_14B, HARDWARE).plan.attention.main.row.name == "first"
+    known = Evidence().with_test(
+        SelfTest(implementation="first", error=0.01, limit=0.02, milliseconds=1.0)
+    )
+    asked: list[Problem] = []
+    monkeypatch.setattr(
+        cache, "load_evidence", lambda device, hardware, problem: asked.append(problem) or known
+    )
+    request = ask("sageattn", dtype="float16")
+    assert decide(request, WAN_14B, HARDWARE).plan.attention.main.row.name == "first"
     assert bench.tried == []
+    assert [(problem.head_dim, problem.dtype) for problem in asked] == [(128, "float16")]
+
+
+def test_a_row_is_proved_in_the_dtype_of_the_run(bench: Bench) -> None:
+    decide(ask("sageattn", dtype="float16"), WAN_14B, HARDWARE)
+    assert bench.problems == {(128, "float16")}
 
 
 def test_what_fails_later_is_left_out_from_then_on(bench: Bench) -> None:
@@ -132,11 +146,25 @@ def test_exact_attention_is_not_to_blame(bench: Bench) -> None:
     assert blame(decide(ask("sdpa"), WAN_14B, HARDWARE).plan, 3) is None
 
 
-def test_nan_speaks_against_the_whole_mode_and_the_coarser_ones() -> None:
+def test_nan_speaks_against_the_whole_mode_and_all_that_are_no_more_precise() -> None:
     row = catalogue.row_named("emulated.sageattn_3")
     objections = not_finite(row, 2)
     modes = {name: catalogue.row_named(name).mode for name in objections}
     assert set(modes.values()) == {"sageattn_3", "sageattn_3_fp8", "sageattn_3_fp4", "sageattn"}
     assert objections["emulated.sageattn_3"].sentence().endswith("at step 3")
-    assert "less precise than sageattn_3" in objections["emulated.sageattn"].sentence()
+    assert "no more precise than sageattn_3" in objections["emulated.sageattn"].sentence()
     assert attention.MODES["flash_attn"].name not in modes.values()
+
+
+@pytest.mark.parametrize(
+    ("row", "left"),
+    [
+        # Of the same class, and so no better: sageattn_3_fp8 beside sageattn.
+        ("sagewan.sageattn", {"sageattn_3", "flash_attn", "sdpa"}),
+        ("sagewan.sageattn_3_fp8", {"sageattn_3", "flash_attn", "sdpa"}),
+        ("flash_attn", {"sdpa"}),
+    ],
+)
+def test_after_nan_only_a_more_precise_mode_is_left(row: str, left: set[str]) -> None:
+    objections = not_finite(catalogue.row_named(row), 0)
+    assert {other.mode for other in ROWS if other.name not in objections} == left

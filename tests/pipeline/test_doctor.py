@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sagewan.pipeline.doctor import Diagnosis, diagnose
-from sagewan.plan.catalogue import Implementation
+from sagewan.plan.catalogue import Implementation, Problem
 from sagewan.plan.evidence import SelfTest
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.modes import AUTO, MODES
@@ -30,7 +30,7 @@ class Clinic:
         self.failing = {name.replace("__", "."): value for name, value in failing.items()}
         self.asked: list[str] = []
 
-    def __call__(self, row: Implementation, device: Device) -> SelfTest:
+    def __call__(self, row: Implementation, device: Device, problem: Problem) -> SelfTest:
         self.asked.append(row.name)
         return SelfTest(
             implementation=row.name,
@@ -64,17 +64,36 @@ def test_on_an_h100_each_installed_row_is_tried_once_torch_first() -> None:
     assert tester.asked == [
         "torch.sdpa",
         "flash_attn.cute",
+        "sagewan.sageattn",
         "sageattention.sageattn_1",
         "comfy_kitchen.int8_attention",
+        "sagewan.sageattn_3",
+        "sagewan.sageattn_3_fp8",
     ]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "dtype"), [(FULL, "bfloat16"), (machine(torch="2.13.0+cpu"), "float32")]
+)
+def test_rows_are_tried_in_what_the_device_runs_by_default(hardware: Hardware, dtype: str) -> None:
+    asked: list[Problem] = []
+
+    def tester(row: Implementation, device: Device, problem: Problem) -> SelfTest:
+        asked.append(problem)
+        return Clinic()(row, device, problem)
+
+    diagnose(hardware, hardware.device("auto"), tester)
+    assert {(problem.head_dim, problem.dtype) for problem in asked} == {(128, dtype)}
 
 
 def test_modes_say_what_runs_them_or_why_not() -> None:
     diagnosis = examined(FULL)
     assert diagnosis.mode("flash_attn").implementation == "flash_attn.cute"
-    assert diagnosis.mode("sageattn").implementation == "sageattention.sageattn_1"
+    for mode in ("sageattn", "sageattn_3", "sageattn_3_fp8"):
+        assert diagnosis.mode(mode).implementation == f"sagewan.{mode}"
+        assert diagnosis.mode(mode).itself
     fp4 = diagnosis.mode("sageattn_3_fp4")
-    assert (fp4.runs, fp4.itself) == ("sageattn", False)
+    assert (fp4.runs, fp4.itself) == ("sageattn_3", False)
     assert "compute capability 10.0" in (fp4.why or "")
     assert diagnosis.mode(AUTO).runs == "flash_attn"
 
@@ -89,11 +108,13 @@ def test_speed_is_against_torch_in_the_same_run() -> None:
 
 def test_a_failed_row_hands_its_mode_to_the_next() -> None:
     noise = Objection("self-test-error", {"error": "1.4", "limit": "0.035"})
-    diagnosis = examined(FULL, sageattention__sageattn_1=noise)
-    assert diagnosis.mode("sageattn").implementation == "comfy_kitchen.int8_attention"
-    both = examined(FULL, sageattention__sageattn_1=noise, comfy_kitchen__int8_attention=noise)
-    assert both.mode("sageattn").runs == "sdpa"
-    assert "error of 1.4" in (both.mode("sageattn").why or "")
+    rows = ["sagewan__sageattn", "sageattention__sageattn_1", "comfy_kitchen__int8_attention"]
+    for broken, following in ((1, "sageattention.sageattn_1"), (2, "comfy_kitchen.int8_attention")):
+        diagnosis = examined(FULL, **dict.fromkeys(rows[:broken], noise))
+        assert diagnosis.mode("sageattn").implementation == following
+    all_broken = examined(FULL, **dict.fromkeys(rows, noise)).mode("sageattn")
+    assert all_broken.runs == "sdpa"
+    assert "error of 1.4" in (all_broken.why or "")
 
 
 def test_advice_is_what_the_hardware_could_use_and_lacks() -> None:
@@ -109,7 +130,7 @@ def test_advice_is_what_the_hardware_could_use_and_lacks() -> None:
 def test_reasons_are_said_once() -> None:
     why = examined(machine(torch="2.13.0")).mode("sageattn_3_fp4").why or ""
     assert why.count("needs an NVIDIA GPU") == 1
-    assert why.startswith("sageattn_3_fp4, sageattn: ")
+    assert why.startswith("sageattn_3_fp4, sageattn_3, sageattn: ")
 
 
 @pytest.mark.parametrize("hardware", [FULL, machine(torch="2.13.0+cpu"), machine("5090")])

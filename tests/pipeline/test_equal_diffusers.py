@@ -17,6 +17,7 @@ from PIL import Image
 from sagewan.attention.launch import Launcher
 from sagewan.pipeline.build import build
 from sagewan.pipeline.decode import decode
+from sagewan.pipeline.guard import FrameGuard
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import SCHEDULERS
 from tests.pipeline.runs import difference, latents_of, picture, plan_for
@@ -103,7 +104,7 @@ def test_each_architecture_and_task(
 @pytest.mark.parametrize(("name", "count"), [CASES[0], CASES[-1]], ids=["2.1 VAE", "2.2 VAE"])
 def test_frames(name: str, count: int, shrunken_folder: Folder, pictures: dict[str, Path]) -> None:
     plan = plan_for(shrunken_folder(name), frames=13, **with_pictures(count, pictures))
-    ours = np.stack(list(decode(build(plan, Launcher()), plan, latents_of(plan))))
+    ours = np.stack(list(decode(build(plan, Launcher()), plan, latents_of(plan), FrameGuard())))
     theirs = pipeline_of(plan)(**arguments_of(plan), output_type="np").frames[0]
     assert np.array_equal(ours, np.round(theirs * 255).astype(np.uint8))
     assert ours.std() > 10

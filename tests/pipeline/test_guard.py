@@ -36,6 +36,14 @@ def test_a_colour_that_changes_from_frame_to_frame_is_a_video() -> None:
     assert verdict(frames) is None
 
 
+def test_a_video_that_is_partly_not_finite_is_refused() -> None:
+    guard = FrameGuard()
+    for frame, finite in zip(np.zeros((5, 16, 16, 3), np.uint8), (1, 1, 0, 1, 1), strict=True):
+        guard.see_values(finite=bool(finite))
+        guard.see(frame + np.arange(16, dtype=np.uint8)[:, None])
+    assert (guard.objection() or "").startswith("not finite")
+
+
 def test_nothing_seen_is_nothing_said() -> None:
     assert FrameGuard().objection() is None
 

@@ -71,9 +71,10 @@ def test_software_names_the_driver_where_there_is_one() -> None:
 def test_the_output_is_described_as_it_lies_on_the_disk(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"video")
-    facts = output_facts(path, Video(size=(64, 48), frames=9, fps=12))
+    facts = output_facts(path, Video(size=(64, 48), frames=9, fps=12), rejected=False)
     assert facts == {
         "path": str(path),
+        "rejected": False,
         "frames": 9,
         "size": [64, 48],
         "fps": 12,

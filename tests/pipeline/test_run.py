@@ -1,6 +1,7 @@
 """Whole runs of the bundled model, as small as it goes; and what becomes of runs that go wrong."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -181,14 +182,28 @@ def test_the_resumed_run_goes_on_from_the_snapshot(
     assert np.array_equal(frames_of(resumed.path), frames_of(plain.path))
 
 
-def test_nan_under_strict_is_rejected_and_kept_aside(
+def test_nan_under_strict_is_rejected_kept_aside_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(emulation, "sageattn_3", nan_from(1, emulation.sageattn_3))
+    kept, report_path = tmp_path / "ball.rejected.mp4", tmp_path / "report.json"
+    request = small(tmp_path, attention="sageattn_3", emulate=True, strict=True, report=report_path)
     with pytest.raises(RejectedError, match=r"at step 2 of 4 .*ball\.rejected\.mp4"):
-        generate(small(tmp_path, attention="sageattn_3", emulate=True, strict=True))
-    assert [p.name for p in tmp_path.iterdir()] == ["ball.rejected.mp4"]
-    assert frames_of(tmp_path / "ball.rejected.mp4").shape == (5, 64, 64, 3)
+        generate(request)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, report_path.name]
+    assert frames_of(kept).shape == (5, 64, 64, 3)
+    told_as_rejected(kept, report_path)
+    report = json.loads(report_path.read_text())
+    assert [row["mode"] for row in report["attention"]["ran"]] == ["sageattn_3"]
+    assert report["attention"]["ran"][0]["calls"] == LAYERS * 2 * 2
+
+
+def told_as_rejected(kept: Path, report: Path) -> None:
+    """The report and the video itself say what ran, and that it is no result."""
+    output = json.loads(report.read_text())["output"]
+    assert (output["rejected"], output["path"], output["frames"]) == (True, str(kept), 5)
+    assert output["sha256"] == hashlib.sha256(kept.read_bytes()).hexdigest()
+    assert read_settings(kept)["seed"] == 3
 
 
 def test_nan_of_exact_attention_is_rejected(
@@ -216,8 +231,9 @@ def test_the_run_is_repeated_only_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(event.plan is not None for event in events) == 2
 
 
-def test_a_row_that_fails_in_use_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("calls_before", [LAYERS - 3, 2 * 2 * LAYERS + 3, (2 * 2 + 1) * LAYERS + 3])
+def test_a_row_that_fails_in_use_is_replaced_from_that_step_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls_before: int
 ) -> None:
     from dataclasses import replace
 
@@ -235,7 +251,7 @@ def test_a_row_that_fails_in_use_is_replaced(
     def failing(*args: object, **options: object) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls > LAYERS:
+        if calls > calls_before:
             raise RuntimeError("no kernel image is available")
         return torch.zeros_like(args[0])  # type: ignore[call-overload]
 
@@ -244,6 +260,13 @@ def test_a_row_that_fails_in_use_is_replaced(
     (step,) = result.report["attention"]["fallbacks"]
     assert (step["from"], step["to"]) == ("sageattn_3", "sageattn")
     assert "no kernel image is available" in step["why"]
+    # Whole steps in the first mode, the broken one and the rest in the other.
+    whole = calls_before // (2 * LAYERS)
+    ran = {row["mode"]: row["calls"] for row in result.report["attention"]["ran"]}
+    expected = {"sageattn_3": whole * 2 * LAYERS, "sageattn": (STEPS - whole) * 2 * LAYERS}
+    assert ran == {mode: calls for mode, calls in expected.items() if calls}
+    assert sum(ran.values()) == LAYERS * FORWARDS
+    assert len(result.report["timings"]["steps"]) == STEPS
 
 
 def _proved(row: object, plan: object, hardware: object, evidence: object) -> object:
@@ -271,10 +294,28 @@ def test_a_black_video_is_kept_aside(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     (tmp_path / "ball.mp4").write_text("the last success")
     monkeypatch.setattr(decode, "decode", black)
+    kept, report = tmp_path / "ball.rejected.mp4", tmp_path / "report.json"
     with pytest.raises(RejectedError, match=r"is black: kept as .*ball\.rejected\.mp4"):
-        generate(small(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ball.mp4", "ball.rejected.mp4"]
+        generate(small(tmp_path, report=report))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ball.mp4", kept.name, report.name]
     assert (tmp_path / "ball.mp4").read_text() == "the last success"
+    told_as_rejected(kept, report)
+
+
+def test_a_video_that_is_partly_not_a_number_is_kept_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = decode.decode_pieces
+
+    def spoilt(*arguments: object) -> object:
+        for index, piece in enumerate(pieces(*arguments)):  # type: ignore[arg-type]
+            piece[..., 0, 0] = float("nan") if index else 0
+            yield piece
+
+    monkeypatch.setattr(decode, "decode_pieces", spoilt)
+    with pytest.raises(RejectedError, match=r"is not finite .*ball\.rejected\.mp4"):
+        generate(small(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["ball.rejected.mp4"]
 
 
 @pytest.mark.parametrize("stage", ["load", "encode", "denoise", "decode"])
@@ -315,12 +356,37 @@ def test_a_wrong_picture_is_refused_before_the_self_tests(
         generate(small(tmp_path, image=tmp_path / "missing.png"))
 
 
-def test_out_of_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 21474836480 bytes, 20 GiB."
+    ),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`, 20 GiB."),
+    MemoryError("20 GiB."),
+]
 
-    monkeypatch.setattr(Launcher, "attend", full)
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["CUDA", "CPU", "cuBLAS", "Python"])
+@pytest.mark.parametrize("place", ["attention", "decoder"])
+def test_out_of_memory_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, place: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    if place == "attention":
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
+    else:
+        monkeypatch.setattr(decode, "decode_pieces", full)
     with pytest.raises(UnsupportedError, match=r"ran out of memory .*20 GiB\..*--frames"):
+        generate(small(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_can_really_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Launcher, "attend", lambda *_: torch.empty(1 << 60))
+    with pytest.raises(UnsupportedError, match=r"ran out of memory \(RuntimeError: .*"):
         generate(small(tmp_path))
 
 

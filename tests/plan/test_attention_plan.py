@@ -157,6 +157,15 @@ def test_a_schedule_uses_the_other_mode_at_its_ends_and_kept_layers() -> None:
         assert mode == ("sdpa" if exact else "sageattn_3_fp4"), (step, layer)
 
 
+def test_the_rows_of_both_choices_are_proved() -> None:
+    hardware = machine("H100", sageattention="1.0.6", flash_attn="2.8.3")
+    ends = Ends(mode="sageattn", first=1, last=1)
+    for attention in ("flash_attn", "auto"):
+        plan = decide(hardware, attention=attention, attention_ends=ends)
+        assert {"flash_attn", SAGE_1} <= {row.name for row in plan.unproven}, attention
+        assert plan.problem == PROBLEM
+
+
 def test_a_layer_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(RequestError, match="0 to 39, not 40"):
         decide(

@@ -8,7 +8,7 @@ from sagewan.errors import RequestError
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.plan import Plan, make_plan
-from sagewan.plan.request import Request
+from sagewan.plan.request import Ends, Request
 from tests.machines import DEMO, WAN_14B, machine
 
 
@@ -80,6 +80,17 @@ def test_two_experts_have_two_guidance_scales() -> None:
 def test_what_a_model_can_not_do_is_refused(model: Model, fields: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         plan_for(model, **fields)
+
+
+@pytest.mark.parametrize(("first", "last", "refused"), [(2, 1, False), (2, 2, True), (9, 0, True)])
+def test_ends_leave_steps_to_the_mode_between_them(first: int, last: int, refused: bool) -> None:
+    fields = {"attention": "flash_attn", "steps": 4}
+    ends = Ends(mode="sdpa", first=first, last=last)
+    if not refused:
+        assert plan_for(attention_ends=ends, **fields).attention.first == first
+        return
+    with pytest.raises(RequestError, match="all 4 steps, so that flash_attn would never run"):
+        plan_for(attention_ends=ends, **fields)
 
 
 def test_first_and_last_frame_where_the_model_takes_it() -> None:

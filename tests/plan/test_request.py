@@ -15,6 +15,10 @@ from sagewan.plan.request import Ends, Request, parse_layers, parse_size
     [
         ({"prompt": "  "}, "prompt is empty"),
         ({"frames": 80}, "4n\\+1 frames; try 81"),
+        ({"frames": 2}, "try 1$"),
+        ({"frames": 3}, "try 5$"),
+        ({"frames": 7}, "try 9$"),
+        ({"frames": 1000}, "try 1001$"),
         ({"frames": 0}, "from 1 to"),
         ({"size": (8, 256)}, "from 16 to"),
         ({"size": (99999, 256)}, "from 16 to"),
@@ -31,6 +35,7 @@ from sagewan.plan.request import Ends, Request, parse_layers, parse_size
         ({"image": "a.png", "last_image": "b.png", "frames": 1}, "at least 5 frames"),
         ({"attention_ends": Ends(mode="sdpa", first=1, last=1)}, "choose one with attention"),
         ({"attention": "sdpa", "attention_keep_layers": (1,)}, "needs attention_ends"),
+        ({"attention": "sdpa", "attention_ends": Ends(mode="sdpa", first=0, last=0)}, "no step"),
         ({"attention": "sdpa", "attention_ends": Ends(mode="no", first=1, last=1)}, "mode|choose"),
         ({"prompt": "caf\udcff"}, "prompt is not valid Unicode"),
         ({"negative": "\udcff"}, "negative is not valid Unicode"),

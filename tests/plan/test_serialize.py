@@ -35,7 +35,9 @@ def requests(draw: st.DrawFn) -> Request:
     """Any request, in which only fields that go together are set together."""
     attention = draw(st.none() | st.sampled_from([*MODES, AUTO]))
     attention_ends = draw(st.none() | ends) if attention else None
-    layers = draw(st.lists(st.integers(0, 39), max_size=4)) if attention_ends else []
+    steps_named = bool(attention_ends and attention_ends.first + attention_ends.last)
+    some_layers = st.lists(st.integers(0, 39), min_size=not steps_named, max_size=4)
+    layers = draw(some_layers) if attention_ends else []
     image = draw(st.none() | paths)
     last_image = draw(st.none() | paths) if image else None
     return Request(

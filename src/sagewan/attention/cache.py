@@ -1,4 +1,5 @@
-"""Remembers self-tests between runs, for exactly the machine and versions they were made with."""
+"""Remembers self-tests between runs, for exactly the machine, the versions, the head size and the
+dtype that they were made with."""
 
 import json
 import logging
@@ -12,7 +13,7 @@ from typing import Any
 import platformdirs
 
 from sagewan.attention.worker import self_test_from
-from sagewan.plan.catalogue import Implementation, row_named, rows_of
+from sagewan.plan.catalogue import Implementation, Problem, row_named, rows_of
 from sagewan.plan.evidence import Evidence, SelfTest
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.modes import MODES
@@ -20,26 +21,27 @@ from sagewan.plan.modes import MODES
 logger = logging.getLogger(__name__)
 
 # What another moment may answer otherwise is not remembered.
-_PASSING = ("self-test-no-memory",)
+_PASSING = ("self-test-no-memory", "self-test-timeout")
 
 
-def load_evidence(device: Device, hardware: Hardware) -> Evidence:
-    """The self-tests that were stored for this device with these versions."""
+def load_evidence(device: Device, hardware: Hardware, problem: Problem) -> Evidence:
+    """The self-tests that were stored for this problem on this device with these versions."""
     stored = _read(_path())
     evidence = Evidence()
     for row in (row for mode in MODES for row in rows_of(mode)):
-        values = stored.get(_key(row, device, hardware))
+        values = stored.get(_key(row, device, hardware, problem))
         if values is not None:
             evidence = _with(evidence, row, values)
     return evidence
 
 
-def store(test: SelfTest, device: Device, hardware: Hardware) -> None:
+def store(test: SelfTest, device: Device, hardware: Hardware, problem: Problem) -> None:
     """Remember a self-test. A folder that can't be written only costs the time to test again."""
     if test.objection and test.objection.code in _PASSING:
         return
     path = _path()
-    stored = {**_read(path), _key(row_named(test.implementation), device, hardware): asdict(test)}
+    key = _key(row_named(test.implementation), device, hardware, problem)
+    stored = {**_read(path), key: asdict(test)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(stored, indent=1))
@@ -52,12 +54,14 @@ def _path() -> Path:
     return Path(folder) / "self-tests.json"
 
 
-def _key(row: Implementation, device: Device, hardware: Hardware) -> str:
+def _key(row: Implementation, device: Device, hardware: Hardware, problem: Problem) -> str:
     """Everything that a result may depend on."""
     triton = hardware.packages.get("triton") or hardware.packages.get("triton-windows")
     package = hardware.packages.get(row.package) if row.package else None
     parts = {
         "row": row.name,
+        "head size": problem.head_dim,
+        "dtype": problem.dtype,
         "device": device.name,
         "driver": hardware.driver if device.is_cuda else None,
         "torch": hardware.packages.get("torch"),

@@ -2,6 +2,8 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,15 @@ _BACKENDS = {
 }
 
 
+# torch has a class for one of the ways in which memory runs out; these messages tell the others.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 class Launcher:
     """Runs the choices of a plan, and keeps the count that the report shows.
 
@@ -38,8 +49,8 @@ class Launcher:
     ) -> Tensor:
         """q [B, H, N, D], k and v [B, Hk, M, D], any strides → [B, H, N, D] in q's dtype.
 
-        Raises ImplementationError if the row can't be loaded or fails, torch.OutOfMemoryError as
-        it comes. Inputs are not changed.
+        Raises ImplementationError if the row can't be loaded or fails, and running out of memory
+        as it comes. Inputs are not changed.
         """
         return self._run(choice.row, (q, k, v), scale, with_lse=False)[0]
 
@@ -49,6 +60,17 @@ class Launcher:
         """As :meth:`attend`, with the natural log-sum-exp of each row, [B, H, N] float32."""
         output, lse = self._run(choice.row, (q, k, v), scale, with_lse=True)
         return output, log_sum_exp(q, k, scale=scale, dtype=torch.float32) if lse is None else lse
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Count the calls within the block only if no row fails in it: what a failure breaks off
+        is done again, and then counted."""
+        before = self._calls.copy()
+        try:
+            yield
+        except ImplementationError:
+            self._calls = before
+            raise
 
     def ran(self) -> list[dict[str, object]]:
         """What was called and how often, for the report, the most frequent first."""
@@ -91,7 +113,7 @@ def call(
 ) -> tuple[Tensor, Tensor | None]:
     """One call of a row's function: → output [B, H, N, D] and, if it gives it, [B, H, N].
 
-    Raises ImplementationError for whatever the function raises but torch.OutOfMemoryError.
+    Raises ImplementationError for whatever the function raises, but for running out of memory.
     """
     options: dict[str, Any] = dict(row.options)
     if with_lse and row.lse_option:
@@ -108,9 +130,9 @@ def call(
         # Triton launches on the current device, which need not be the tensors' own.
         with torch.cuda.device_of(q):
             result = function(*(_arranged(x, row) for x in (q, _own_key(k, row), v)), **options)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ImplementationError(
             row.name, Objection("run-failed", {"error": one_line(error)})
         ) from error
@@ -120,6 +142,13 @@ def call(
         found = f"it returned the shape {tuple(output.shape)} for {tuple(shape)}"
         raise ImplementationError(row.name, Objection("run-failed", {"error": found}))
     return output.to(dtype), lse if with_lse and row.lse_option else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, the device's or the machine's, did not suffice: no fault of what ran."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(x in str(error) for x in _OUT_OF_MEMORY)
 
 
 def torch_backend(q: Tensor, k: Tensor, v: Tensor) -> str:

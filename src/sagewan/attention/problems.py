@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from sagewan.plan.catalogue import Implementation
+from sagewan.plan.catalogue import Implementation, Problem
 from sagewan.plan.modes import Quality
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -21,6 +21,7 @@ _NEIGHBOURS = 64
 # Twice the worst that the formats of a class cost on these very problems, emulated (bias, local):
 # 16 bit .0018, .0017; finely scaled INT8 with 16-bit P·V .0068, .0065; INT8 with FP8 P·V .017,
 # .028; NVFP4 .11, .15. Short sequences cost most: few keys to average over. Noise is above 1.
+# That is at head size 128, Wan's; fewer channels cost more, 16 of them up to .83 of a limit.
 LIMITS: Mapping[str, Mapping[Quality, float]] = MappingProxyType(
     {
         "bias": {
@@ -50,15 +51,17 @@ class Trial:
     heads: int = 2
     key_heads: int = 2
 
-    def inputs(self, head_dim: int, dtype: torch.dtype, device: str) -> Inputs:
-        """q [B, H, N, D], k and v [B, Hk, M, D]: the same values on every machine."""
+    def inputs(self, problem: Problem, device: str) -> Inputs:
+        """q [B, H, N, D], k and v [B, Hk, M, D] in the head size and dtype of the problem: the
+        same values on every machine."""
+        dtype: torch.dtype = getattr(torch, problem.dtype)
         generator = torch.Generator().manual_seed(self.queries * 1_000_003 + self.keys)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device)
 
         make = _FAMILIES[self.family]
-        q, k, v = make(self, head_dim, normal)
+        q, k, v = make(self, problem.head_dim, normal)
         return q.to(dtype), k.to(dtype), v.to(dtype)
 
 

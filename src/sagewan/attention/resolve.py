@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,12 @@ def load(row: Implementation) -> Function:
 
     Packages for a GPU that is absent, or built for another torch, fail in every way at import:
     ImportError, AssertionError, RuntimeError of a driver, even sys.exit. All are objections.
+
+    The UserWarnings that the row knows to mean nothing are silent from then on.
     """
+    # Once, and not around each call: warnings.catch_warnings is not for several threads.
+    for message in row.quiet:
+        warnings.filterwarnings("ignore", message, UserWarning)
     module_name, _, function_name = row.call.partition(":")
     package = row.package or module_name.partition(".")[0]
     try:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sagewan.attention.launch import call
+from sagewan.attention.launch import call, is_out_of_memory
 from sagewan.attention.problems import LIMITS, TIMED_ON_CPU, TIMED_ON_GPU, trials_for
 from sagewan.attention.resolve import Function, ImplementationError, load, one_line
 from sagewan.attention.worker import in_own_process
-from sagewan.plan.catalogue import Implementation
+from sagewan.plan.catalogue import Implementation, Problem
 from sagewan.plan.evidence import SelfTest
 from sagewan.plan.hardware import Device
 from sagewan.plan.modes import MODES
@@ -30,32 +30,39 @@ _WARM_UPS = 2
 _RUNS = 5
 
 
-def self_test(row: Implementation, device: Device, *, timeout: float = 300) -> SelfTest:
+def self_test(
+    row: Implementation, device: Device, problem: Problem, *, timeout: float = 300
+) -> SelfTest:
     """Compare a row with float64 on the device and time it; a failure is in the result.
 
-    Rows of installed packages run in their own process, for at most ``timeout`` seconds.
+    The problem gives the head size and the dtype: in others a row may run other code. Rows of
+    installed packages run in their own process, for at most ``timeout`` seconds.
     """
     if row.package is None:
-        return examine(row, device)
-    return in_own_process(row, device, failed=_failed(row), timeout=timeout)
+        return examine(row, device, problem)
+    return in_own_process(row, device, problem, failed=_failed(row), timeout=timeout)
 
 
-def examine(row: Implementation, device: Device) -> SelfTest:
+def examine(row: Implementation, device: Device, problem: Problem) -> SelfTest:
     """The self-test itself, in this process."""
     try:
-        return _examined(row, device)
+        return _examined(row, device, problem)
     except ImplementationError as failure:
         return _failed(row)(_as_self_test(failure.objection))
     except _Rejected as rejected:
         return _failed(row)(rejected.objection)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return _failed(row)(Objection("self-test-no-memory", {"error": one_line(error)}))
 
 
-def _examined(row: Implementation, device: Device) -> SelfTest:
+def _examined(row: Implementation, device: Device, problem: Problem) -> SelfTest:
     function = load(row)
     # The trial nearest to its limit speaks for all.
-    error, limit = max(_trials(function, row, device), key=lambda result: result[0] / result[1])
+    error, limit = max(
+        _trials(function, row, device, problem), key=lambda result: result[0] / result[1]
+    )
     objection = None
     if error > limit:
         objection = Objection("self-test-error", {"error": f"{error:.2g}", "limit": f"{limit:.2g}"})
@@ -63,7 +70,7 @@ def _examined(row: Implementation, device: Device) -> SelfTest:
         implementation=row.name,
         error=error,
         limit=limit,
-        milliseconds=None if objection else _milliseconds(function, row, device),
+        milliseconds=None if objection else _milliseconds(function, row, device, problem),
         objection=objection,
     )
 
@@ -76,11 +83,11 @@ class _Rejected(Exception):
 
 
 def _trials(
-    function: Function, row: Implementation, device: Device
+    function: Function, row: Implementation, device: Device, problem: Problem
 ) -> Iterator[tuple[float, float]]:
     """The error and its limit in each trial."""
     for trial in trials_for(row):
-        inputs = trial.inputs(_head_dim(row), _dtype(row, device), device.torch_name)
+        inputs = trial.inputs(problem, device.torch_name)
         before = [x.clone() for x in inputs]
         output, lse = call(function, row, *inputs, with_lse=row.log_sum_exp)
         if device.is_cuda:
@@ -99,17 +106,21 @@ def _error(output: Tensor, lse: Tensor | None, inputs: list[Tensor]) -> float:
     return error if lse is None else max(error, relative_error(lse, expected_lse))
 
 
-def _milliseconds(function: Function, row: Implementation, device: Device) -> float | None:
+def _milliseconds(
+    function: Function, row: Implementation, device: Device, problem: Problem
+) -> float | None:
     """The median time of one call; None where memory does not suffice for the timed problem."""
     trial = TIMED_ON_GPU if device.is_cuda else TIMED_ON_CPU
     try:
-        inputs = trial.inputs(_head_dim(row), _dtype(row, device), device.torch_name)
+        inputs = trial.inputs(problem, device.torch_name)
         measure = _time_on_gpu if device.is_cuda else _time_on_cpu
         with torch.cuda.device_of(inputs[0]):
             times = [
                 measure(lambda: call(function, row, *inputs)) for _ in range(_WARM_UPS + _RUNS)
             ]
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         logger.info("%s was not timed: too little free memory", row.name)
         return None
     return statistics.median(times[_WARM_UPS:])
@@ -128,17 +139,6 @@ def _time_on_cpu(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1000
-
-
-def _head_dim(row: Implementation) -> int:
-    """Wan's head size, or the first that the row takes."""
-    return 128 if not row.head_dims or 128 in row.head_dims else row.head_dims[0]
-
-
-def _dtype(row: Implementation, device: Device) -> torch.dtype:
-    # Turing and older emulate bfloat16 at best.
-    wide = "bfloat16" in row.dtypes and (not device.is_cuda or device.sm >= 80)
-    return torch.bfloat16 if wide else torch.float16
 
 
 def _as_self_test(objection: Objection) -> Objection:

@@ -1,7 +1,7 @@
 """Runs one self-test in a process of its own: ``python -m sagewan.attention.worker``.
 
-A row and a device go in as JSON on standard input; the result is one marked line of standard
-output, since packages print what they like around it.
+A row, a device and a problem go in as JSON on standard input; the result is one marked line of
+standard output, since packages print what they like around it.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sagewan.plan.catalogue import Implementation
+from sagewan.plan.catalogue import Implementation, Problem
 from sagewan.plan.evidence import SelfTest
 from sagewan.plan.hardware import Device
 from sagewan.plan.objection import Objection
@@ -24,12 +24,15 @@ _MARK = "sagewan-self-test "
 def in_own_process(
     row: Implementation,
     device: Device,
+    problem: Problem,
     *,
     failed: Callable[[Objection], SelfTest],
     timeout: float,
 ) -> SelfTest:
     """The self-test of a row, from another process; its death is told through ``failed``."""
-    question = json.dumps({"row": asdict(row), "device": asdict(device)})
+    question = json.dumps(
+        {"row": asdict(row), "device": asdict(device), "problem": asdict(problem)}
+    )
     try:
         answer = subprocess.run(  # noqa: S603
             [sys.executable, "-P", "-m", __name__],
@@ -42,22 +45,22 @@ def in_own_process(
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
     except subprocess.TimeoutExpired:
-        return failed(_crashed(f"no answer within {timeout:.0f} s"))
+        return failed(Objection("self-test-timeout", {"seconds": f"{timeout:.0f}"}))
     results = [line for line in answer.stdout.splitlines() if line.startswith(_MARK)]
     if results:
         return self_test_from(json.loads(results[-1].removeprefix(_MARK)))
     last = (answer.stderr.strip().splitlines() or [""])[-1][:200]
-    return failed(_crashed(f"its process {_death(answer.returncode)}; {last}".rstrip("; ")))
+    error = f"its process {_death(answer.returncode)}; {last}".rstrip("; ")
+    # Only the system kills like this, where memory is short.
+    killed = os.name == "posix" and answer.returncode == -signal.SIGKILL
+    code = "self-test-no-memory" if killed else "self-test-crashed"
+    return failed(Objection(code, {"error": error}))
 
 
 def self_test_from(values: Mapping[str, Any]) -> SelfTest:
     """The SelfTest that ``dataclasses.asdict`` turned into these values."""
     objection = values["objection"]
     return SelfTest(**{**values, "objection": Objection(**objection) if objection else None})
-
-
-def _crashed(error: str) -> Objection:
-    return Objection("self-test-crashed", {"error": error})
 
 
 def _death(code: int) -> str:
@@ -82,7 +85,8 @@ def main() -> None:
     from sagewan.attention.self_test import examine
 
     question = json.load(sys.stdin)
-    test = examine(_row_from(question["row"]), Device(**question["device"]))
+    row, device = _row_from(question["row"]), Device(**question["device"])
+    test = examine(row, device, Problem(**question["problem"]))
     sys.stdout.write(f"\n{_MARK}{json.dumps(asdict(test))}\n")
     sys.stdout.flush()
 

@@ -41,7 +41,7 @@ def check_weights(folder: Path, stem: str) -> int:
     if not index.exists():
         if not single.exists():
             raise CheckpointError(_no_weights(folder, stem))
-        return _size_of(single, header(single))
+        return _data_bytes(header(single), single)
     shards: dict[str, set[str]] = {}
     for tensor, file in _weight_map(index).items():
         shards.setdefault(file, set()).add(tensor)
@@ -95,10 +95,6 @@ def _check_shard(path: Path, names: set[str], index: Path) -> int:
         raise CheckpointError(
             f"{path} lacks {lacking[0]}, which {index.name} places in it: fetch both again"
         )
-    return _size_of(path, found)
-
-
-def _size_of(path: Path, found: Mapping[str, Any]) -> int:
     return _data_bytes(found, path)
 
 

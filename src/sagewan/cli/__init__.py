@@ -54,7 +54,7 @@ def _run(argv: list[str]) -> int:
         description="Wan video generation in the attention precision you choose, "
         "and a report of what ran.",
         epilog="exit codes: 0 done, 1 unexpected, 2 the request is wrong, 3 this machine can't do "
-        "it under --strict, 4 the result was rejected, 130 cancelled",
+        "it (under --strict, or out of memory), 4 the result was rejected, 130 cancelled",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"sagewan {__version__}")

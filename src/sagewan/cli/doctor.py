@@ -55,7 +55,7 @@ def _diagnose(device_name: str) -> "Diagnosis":
 
     from sagewan.pipeline.doctor import diagnose
     from sagewan.pipeline.probe import probe
-    from sagewan.plan.catalogue import Implementation
+    from sagewan.plan.catalogue import Implementation, Problem
     from sagewan.plan.evidence import SelfTest
     from sagewan.plan.hardware import Device
 
@@ -63,13 +63,13 @@ def _diagnose(device_name: str) -> "Diagnosis":
     chosen = hardware.device(device_name)
     with Console(stderr=True).status("looking at this machine") as status:
 
-        def test_and_store(row: Implementation, device: Device) -> SelfTest:
+        def test_and_store(row: Implementation, device: Device, problem: Problem) -> SelfTest:
             from sagewan.attention.cache import store
             from sagewan.attention.self_test import self_test
 
             status.update(f"testing {row.name} on {device.name}")
-            test = self_test(row, device)
-            store(test, device, hardware)
+            test = self_test(row, device, problem)
+            store(test, device, hardware, problem)
             return test
 
         return diagnose(hardware, chosen, test_and_store)

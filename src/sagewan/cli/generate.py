@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sagewan.cli.flags import add_request_flags, request_from
-from sagewan.cli.show import duration, shown
+from sagewan.cli.show import counted, duration, shown
 from sagewan.pipeline.progress import Watch
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def summary(result: "Result") -> str:
         rows.append(f"{row['mode']} ({how}) {row['calls']} of {calls} calls")
     width, height = report["output"]["size"]
     return (
-        f"{result.path}: {report['output']['frames']} frames {width}x{height}, "
+        f"{result.path}: {counted(report['output']['frames'], 'frame')} {width}x{height}, "
         f"{', '.join(rows)}{_asked(report)}, {duration(report['timings']['total'])}, "
         f"seed {result.plan.seed}"
     )

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from sagewan.cli.show import duration
-from sagewan.errors import RequestError
+from sagewan.errors import RequestError, StateError
 from sagewan.jobs.states import State
-from sagewan.jobs.store import Job, StateError, Store, default_path
+from sagewan.jobs.store import Job, Store, default_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,9 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sagewan.cli.flags import add_request_flags, request_from
+from sagewan.cli.show import counted
 from sagewan.plan.attention import Choice
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.models import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
@@ -14,9 +14,6 @@ from sagewan.plan.plan import Plan, make_plan
 from sagewan.plan.pretend import CARDS, GIB, pretend
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import plan_to_json
-
-if TYPE_CHECKING:
-    from sagewan.plan.hardware import Hardware
 
 # What a plan does not depend on, where it is not given.
 _ANY_PROMPT = "any prompt"
@@ -34,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or as JSON."""
     from sagewan.checkpoint.find import find_model
+    from sagewan.pipeline.decide import stored_evidence
     from sagewan.pipeline.probe import probe
 
     request = request_from(arguments, prompt=_ANY_PROMPT)
@@ -42,19 +40,15 @@ def run(arguments: argparse.Namespace) -> int:
         model = replace(model, words={})
     here = probe()
     hardware = pretend(here, gpu=arguments.gpu, vram=arguments.vram)
-    evidence = _evidence(request, hardware) if hardware is here else Evidence()
-    plan = make_plan(_with_picture(request, model), model, hardware, evidence)
+    request = _with_picture(request, model)
+    plan = make_plan(request, model, hardware, Evidence())
+    if hardware is here:
+        plan = make_plan(request, model, hardware, stored_evidence(plan, hardware))
     if arguments.json:
         print(json.dumps(plan_to_json(plan), indent=2))
     else:
         _print(plan)
     return 0
-
-
-def _evidence(request: Request, hardware: "Hardware") -> Evidence:
-    from sagewan.attention.cache import load_evidence
-
-    return load_evidence(hardware.device(request.device), hardware)
 
 
 def _with_picture(request: Request, model: Model) -> Request:
@@ -84,7 +78,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{plan.model.name} ({plan.task}), {plan.model.parameters / 1e9:.2f} billion"),
         ("device", f"{plan.device.name}, {plan.dtype}"),
-        ("video", f"{_size(plan.size)}, {plan.frames} frames at {plan.fps} fps"),
+        ("video", f"{_size(plan.size)}, {counted(plan.frames, 'frame')} at {plan.fps} fps"),
         ("generated", f"{_size(plan.grid_size)}, {plan.tokens} tokens"),
         ("steps", f"{steps.count}, {steps.scheduler}, shift {steps.shift:g}, {guidance}"),
         ("attention", _choice(plan.attention.main)),

@@ -36,8 +36,9 @@ class Notes:
         self._told: set[str] = set()
 
     def tell(self, plan: Plan) -> None:
-        drawn = f"{plan.model.name}, {plan.size[0]}x{plan.size[1]}, {plan.frames} frames, "
-        drawn += f"{plan.steps.count} steps, seed {plan.seed}, on {plan.device.name}"
+        drawn = f"{plan.model.name}, {plan.size[0]}x{plan.size[1]}, "
+        drawn += f"{counted(plan.frames, 'frame')}, {counted(plan.steps.count, 'step')}, "
+        drawn += f"seed {plan.seed}, on {plan.device.name}"
         for note in (drawn, *plan.notes):
             if note not in self._told:
                 self._told.add(note)
@@ -108,6 +109,11 @@ def progress_text(event: Event) -> str:
     if event.seconds_left is not None:
         text += f", {duration(event.seconds_left)} left"
     return text
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 frame``, ``17 frames``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def duration(seconds: float) -> str:

@@ -6,9 +6,9 @@ import sqlite3
 import time
 from collections.abc import Iterator
 
-from sagewan.errors import Cancelled, SagewanError
+from sagewan.errors import Cancelled, SagewanError, StateError
 from sagewan.jobs.states import State
-from sagewan.jobs.store import StateError, Store
+from sagewan.jobs.store import Store
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.pipeline.run import Prepared, Result, execute
 from sagewan.plan.request import Request
@@ -23,8 +23,8 @@ _NOTE_INTERVAL = 1.0
 def run_job(store: Store, prepared: Prepared, watch: Watch) -> Result:
     """Record and execute a run; how it ends is in the record, and raised as well.
 
-    The record never stops the run: if the database fails under way, a warning is logged and the
-    video is made.
+    The record never stops the run, unless someone cancelled it there: if the database fails under
+    way, a warning is logged and the video is made.
     """
     record = _Record(store, prepared.plan.request)
     watch.listen(record.note)
@@ -55,7 +55,10 @@ class _Record:
         self._id = 0
         with self._tolerated():
             self._id = store.add(request)
-            store.start(self._id)
+            try:
+                store.start(self._id)
+            except StateError:
+                raise Cancelled("cancelled while it was queued") from None
 
     def note(self, event: Event) -> None:
         """A listener of the watch: plans and stages as they come, steps once a second."""

@@ -15,7 +15,7 @@ from typing import Any, Self
 import psutil
 from platformdirs import user_data_path
 
-from sagewan.errors import RequestError, SagewanError
+from sagewan.errors import RequestError, StateError
 from sagewan.jobs.states import NEXT, State
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import request_from_json, request_to_json
@@ -38,10 +38,8 @@ CREATE INDEX IF NOT EXISTS events_of_job ON events (job);
 """
 # Seconds to wait for another process to finish its transaction.
 _BUSY = 5.0
-
-
-class StateError(SagewanError):
-    """A job was told to go to a state that does not follow from the one it is in."""
+# Seconds by which two readings of one process's start may differ; the boot is told in whole ones.
+_SAME_START = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +126,7 @@ class Store:
             started=time.time(),
             host=platform.node(),
             pid=process.pid,
-            pid_started=process.create_time(),
+            pid_started=_started(process),
         )
 
     def finish(
@@ -230,11 +228,18 @@ class Store:
 def _alive(pid: int, started: float) -> bool:
     # A number is given again to another process, which then began at another time.
     try:
-        return bool(abs(psutil.Process(pid).create_time() - started) < 1.0)
+        return abs(_started(psutil.Process(pid)) - started) < _SAME_START
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def _started(process: psutil.Process) -> float:
+    """When a process began, in seconds, the same however the clock is set in between."""
+    # Linux counts from the boot, and psutil adds the time of the boot by the clock of now.
+    boot = psutil.boot_time() if psutil.LINUX else 0.0
+    return float(process.create_time() - boot)
 
 
 def _job(row: sqlite3.Row) -> Job:

@@ -7,7 +7,7 @@ that of diffusers' own processor (diffusers 0.42, models/transformers/transforme
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,10 @@ class Attention:
             raise RuntimeError("a transformer was called outside Attention.during")
         turn.check()
         return self._launcher.attend(q, k, v, turn.plan.choice(turn.step, turn.steps, layer))
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A block whose calls are counted only if no implementation fails in it."""
+        return self._launcher.whole()
 
     def install(self, transformer: Any) -> None:
         """Replace both processors of every block of a WanTransformer3DModel."""

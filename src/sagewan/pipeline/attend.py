@@ -27,11 +27,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class _Session:
-    """What this process knows of its machine: probed once, evidence by device."""
+    """What this process knows of its machine: probed once, evidence by device, head size, dtype."""
 
     def __init__(self) -> None:
         self.hardware: Hardware | None = None
-        self.evidence: dict[str, Evidence] = {}
+        self.evidence: dict[tuple[str, int, str], Evidence] = {}
         self.launcher = Launcher()
         self._told: set[Fallback] = set()
 
@@ -108,25 +108,30 @@ def _run(
         except ImplementationError as failure:
             if choice.row.trusted:
                 raise
-            evidence = _session.evidence[device.torch_name]
-            _session.evidence[device.torch_name] = evidence.with_failure(
+            key = _key(device, problem)
+            _session.evidence[key] = _session.evidence[key].with_failure(
                 failure.implementation, failure.objection
             )
 
 
 def _decide(request: Request, problem: Problem, device: Device, hardware: Hardware) -> Choice:
     """Plan, prove what the plan wants proved, and plan again until nothing is left to prove."""
-    evidence = _session.evidence.get(device.torch_name) or load_evidence(device, hardware)
+    key = _key(device, problem)
+    evidence = _session.evidence.get(key) or load_evidence(device, hardware, problem)
     while True:
         plan = plan_attention(request, None, problem, device, hardware, evidence, layers=1)
-        _session.evidence[device.torch_name] = evidence
+        _session.evidence[key] = evidence
         if not plan.unproven:
             _session.tell(plan.fallbacks)
             return plan.main
         for row in plan.unproven:
-            test = self_test(row, device)
-            store(test, device, hardware)
+            test = self_test(row, device, problem)
+            store(test, device, hardware, problem)
             evidence = evidence.with_test(test)
+
+
+def _key(device: Device, problem: Problem) -> tuple[str, int, str]:
+    return device.torch_name, problem.head_dim, problem.dtype
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Problem:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sagewan.attention.launch import Launcher
+from sagewan.attention.launch import Launcher, is_out_of_memory
 from sagewan.attention.resolve import one_line
 from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
@@ -132,13 +132,8 @@ def _tokenizer(location: Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = location / "tokenizer"
-    try:
+    with _damage_told(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # Damaged files raise KeyError, TypeError, and from tokenizers' own code a plain Exception.
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder} can't be read ({one_line(error)}): fetch it again"
-        ) from error
     if tokenizer.pad_token is None:
         raise CheckpointError(f"{folder} names no padding token: fetch its files again")
     return tokenizer
@@ -150,24 +145,36 @@ def _image_processor(location: Path) -> Any:
     # Newer releases have two, and the one on Pillow needs no torchvision.
     pillow = hasattr(transformers, "CLIPImageProcessorPil")
     processor = getattr(transformers, "CLIPImageProcessorPil" if pillow else "CLIPImageProcessor")
-    return processor.from_pretrained(location / "image_processor", local_files_only=True)
+    folder = location / "image_processor"
+    with _damage_told(folder):
+        return processor.from_pretrained(folder, local_files_only=True)
 
 
 def _loaded(model: Any, folder: Path, dtype: torch.dtype) -> Any:
-    try:
-        with _quietly():
-            module, found = model.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that they are told as the missing ones are
-                output_loading_info=True,
-            )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{folder} can't be loaded ({first}): fetch it again") from error
+    with _damage_told(folder), _quietly():
+        module, found = model.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are told as the missing ones are
+            output_loading_info=True,
+        )
     return _whole(module, found, folder)
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    """Whatever a library makes of damaged files and of values of a wrong type, in one sentence."""
+    try:
+        yield
+    # KeyError, TypeError, AttributeError, and from tokenizers' own code a plain Exception.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{folder} can't be read ({one_line(error)}): fetch it again"
+        ) from error
 
 
 @contextmanager

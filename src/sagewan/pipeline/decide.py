@@ -47,9 +47,10 @@ def decide(
     ``evidence`` left out is what earlier runs on this device have stored. Raises as
     :func:`sagewan.plan.plan.make_plan`; that refusal comes before anything heavy is imported.
     """
+    plan = make_plan(request, model, hardware, evidence or Evidence())
     if evidence is None:
-        evidence = _stored_evidence(request, hardware)
-    plan = make_plan(request, model, hardware, evidence)
+        evidence = stored_evidence(plan, hardware)
+        plan = make_plan(request, model, hardware, evidence)
     while plan.attention.unproven:
         for row in plan.attention.unproven:
             if watch:
@@ -59,10 +60,11 @@ def decide(
     return Decision(request=request, model=model, hardware=hardware, evidence=evidence, plan=plan)
 
 
-def _stored_evidence(request: Request, hardware: Hardware) -> Evidence:
+def stored_evidence(plan: Plan, hardware: Hardware) -> Evidence:
+    """What earlier runs have learnt about the problem and the device of this plan."""
     from sagewan.attention.cache import load_evidence
 
-    return load_evidence(hardware.device(request.device), hardware)
+    return load_evidence(plan.device, hardware, plan.attention.problem)
 
 
 def _prove(row: Implementation, plan: Plan, hardware: Hardware, evidence: Evidence) -> Evidence:
@@ -70,10 +72,11 @@ def _prove(row: Implementation, plan: Plan, hardware: Hardware, evidence: Eviden
     from sagewan.attention.cache import store
     from sagewan.attention.self_test import self_test
 
-    test = self_test(row, plan.device)
+    problem = plan.attention.problem
+    test = self_test(row, plan.device, problem)
     if test.objection:
         logger.warning("%s can't be used: %s", row.name, test.objection.sentence())
-    store(test, plan.device, hardware)
+    store(test, plan.device, hardware, problem)
     return evidence.with_test(test)
 
 
@@ -88,14 +91,15 @@ def blame(plan: Plan, step: int) -> Implementation | None:
 
 
 def not_finite(row: Implementation, step: int) -> dict[str, Objection]:
-    """What NaN at a step (from 0) says: against all rows of its mode, and the coarser modes."""
+    """What NaN at a step (from 0) says: against all rows of its mode, and of every other that is
+    no more precise. Nothing is more precise than torch's own, where every chain ends."""
     failed = {
         other.name: Objection("run-not-finite", {"step": str(step + 1)})
         for other in rows_of(row.mode, emulate=True)
     }
-    coarser = {
-        other.name: Objection("less-precise", {"mode": row.mode})
+    others = {
+        other.name: Objection("no-more-precise", {"mode": row.mode})
         for other in ROWS
-        if MODES[other.mode].quality < MODES[row.mode].quality
+        if MODES[other.mode].quality <= MODES[row.mode].quality and other.mode != "sdpa"
     }
-    return {**coarser, **failed}
+    return {**others, **failed}

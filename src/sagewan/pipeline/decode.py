@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import denormalized
+from sagewan.pipeline.guard import FrameGuard
 from sagewan.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -16,22 +17,25 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def decode(components: Components, plan: Plan, latents: Tensor) -> "Iterator[NDArray[np.uint8]]":
+def decode(
+    components: Components, plan: Plan, latents: Tensor, guard: FrameGuard
+) -> "Iterator[NDArray[np.uint8]]":
     """Latents [1, C, F, H, W] → the video's frames, uint8 RGB [height, width, 3], one by one.
 
     A latent frame is decoded when its first frame is asked for, so only a few frames are in
     memory, and a caller may stop between two. Frames are cut from the grid about their centre to
-    the plan's size, so that what stood in the middle stays there.
+    the plan's size, so that what stood in the middle stays there. The guard is shown what bytes
+    can't tell: whether every value was finite.
     """
     with components.vae.on(plan.device.torch_name) as vae:
         for piece in decode_pieces(latents, vae):
+            guard.see_values(finite=bool(piece.isfinite().all()))
             yield from _cropped(_bytes(piece), plan.size).cpu().numpy()
 
 
 def decode_pieces(latents: Tensor, vae: Any) -> Iterator[Tensor]:
-    """Float32 pieces [1, 3, f, H, W] in −1 … 1; put together they are ``vae.decode``'s result.
-
-    The first latent frame gives one frame, each later one four.
+    """Float32 pieces [1, 3, f, H, W]; put together, and clamped to −1 … 1, they are
+    ``vae.decode``'s result. The first latent frame gives one frame, each later one four.
 
     The decoder is causal: between two latent frames it carries on what each of its convolutions
     saw last. That memory is an argument of it, and a list of ours.
@@ -50,12 +54,12 @@ def decode_pieces(latents: Tensor, vae: Any) -> Iterator[Tensor]:
         )
         if vae.config.patch_size is not None:
             piece = unpatchify(piece, patch_size=vae.config.patch_size)
-        yield piece.clamp(-1, 1)
+        yield piece
 
 
 def _bytes(piece: Tensor) -> Tensor:
-    """[1, 3, f, H, W] in −1 … 1 → uint8 [f, H, W, 3], rounded; what is not a number is black."""
-    levels = (piece[0].permute(1, 2, 3, 0).float() * 0.5 + 0.5) * 255
+    """[1, 3, f, H, W], clamped to −1 … 1 → uint8 [f, H, W, 3], rounded; NaN is black."""
+    levels = (piece[0].clamp(-1, 1).permute(1, 2, 3, 0).float() * 0.5 + 0.5) * 255
     return levels.nan_to_num(0).round().to(torch.uint8)
 
 

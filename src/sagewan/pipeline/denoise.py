@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sagewan.attention.resolve import ImplementationError
 from sagewan.model.attention import Turn
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import Conditions
@@ -41,6 +42,15 @@ class NotFinite(Exception):
         return self.snapshot.step
 
 
+class RowFailed(Exception):
+    """An implementation failed in ``snapshot.step``; the snapshot was taken before it."""
+
+    def __init__(self, snapshot: Snapshot, failure: ImplementationError) -> None:
+        super().__init__(str(failure))
+        self.snapshot = snapshot
+        self.failure = failure
+
+
 @torch.inference_mode()
 def denoise(
     components: Components,
@@ -53,8 +63,9 @@ def denoise(
     """The video's latents, float32 [1, C, F, H, W] on the plan's device.
 
     Noise comes from the plan's seed, drawn on the CPU in float32, so it is the same on every
-    device. Raises NotFinite after a step that gave NaN or infinite values; ``resume`` takes
-    its snapshot and goes on from there, by the plan given now. Raises Cancelled within a block.
+    device. Raises NotFinite after a step that gave NaN or infinite values, and RowFailed within a
+    step, none of whose calls are counted; ``resume`` takes their snapshot and goes on from there,
+    by the plan given now. Raises Cancelled within a block.
     """
     state = resume or start(plan)
     latents, sampler = state.latents, state.sampler.copy()
@@ -66,7 +77,11 @@ def denoise(
             turn.step, time = step, sampler.times[step]
             index = expert_of(float(time), plan)
             forward = _Forward(expert(index), plan, conditions)
-            prediction = forward.guided(latents, time, _guidance(index, plan))
+            try:
+                with components.attention.whole():
+                    prediction = forward.guided(latents, time, _guidance(index, plan))
+            except ImplementationError as failure:
+                raise RowFailed(before, failure) from failure
             latents = sampler.step(prediction, time, latents)
             if not torch.isfinite(latents).all():
                 raise NotFinite(before)

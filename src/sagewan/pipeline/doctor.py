@@ -21,7 +21,7 @@ BASELINE = "torch.sdpa"
 # Objections that installing a package would answer.
 _INSTALLABLE = ("package-missing", "package-version")
 
-SelfTester = Callable[[Implementation, Device], SelfTest]
+SelfTester = Callable[[Implementation, Device, Problem], SelfTest]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ class Diagnosis:
 def diagnose(hardware: Hardware, device: Device, self_test: SelfTester) -> Diagnosis:
     """Try every row that this device and these packages allow; plan each mode with the result.
 
-    ``self_test`` is called for each such row, torch's own first. Other rows are not imported.
+    ``self_test`` is called for each such row, torch's own first, in Wan's head size and the dtype
+    that runs on this device by default. Other rows are not imported.
     """
     problem = Problem(head_dim=HEAD_DIM, dtype=usual_dtype(device))
     evidence = Evidence()
@@ -91,7 +92,7 @@ def diagnose(hardware: Hardware, device: Device, self_test: SelfTester) -> Diagn
         if objection:
             refused[row.name] = objection
         else:
-            evidence = evidence.with_test(self_test(row, device))
+            evidence = evidence.with_test(self_test(row, device, problem))
     return Diagnosis(
         hardware=hardware,
         device=device,

@@ -1,7 +1,7 @@
-"""The last look at a video: black or constant is never a success.
+"""The last look at a video: what is not finite, black or constant is never a success.
 
-What is not a number is black by then. A given first picture is shown as it is, so a broken run that
-started from one is black only after it.
+What is not a number is black in a frame, so the decoder tells of it. A given first picture is shown
+as it is, so a broken run that started from one is black only after it.
 """
 
 from dataclasses import dataclass, field
@@ -21,9 +21,14 @@ SPREAD = 2
 class FrameGuard:
     """Watches frames go by, uint8 [H, W, 3], and says at the end what is wrong with them all."""
 
+    _finite: bool = field(default=True, init=False)
     _low: "NDArray[np.uint8] | None" = field(default=None, init=False)
     _high: "NDArray[np.uint8] | None" = field(default=None, init=False)
     _high_later: int | None = field(default=None, init=False)
+
+    def see_values(self, *, finite: bool) -> None:
+        """Whether all values of some more frames were finite before they became bytes."""
+        self._finite = self._finite and finite
 
     def see(self, frame: "NDArray[np.uint8]") -> None:
         """One more frame."""
@@ -36,8 +41,10 @@ class FrameGuard:
         self._high = high if self._high is None else np.maximum(self._high, high)
 
     def objection(self) -> str | None:
-        """What the video is, if it is no video: ``black``, that but for its first frame, or
-        ``one constant colour``."""
+        """What the video is, if it is no video: not finite, black, that but for its first frame, or
+        of one colour."""
+        if not self._finite:
+            return "not finite (some of its pixels are NaN or infinite)"
         if self._low is None or self._high is None:
             return None
         if int(self._high.max()) <= BLACK:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sagewan.pipeline.build import Components
     from sagewan.pipeline.conditions import Conditions
-    from sagewan.pipeline.denoise import NotFinite
+    from sagewan.pipeline.denoise import NotFinite, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ class LatentsRejectedError(RejectedError):
 class Recovery:
     """Denoises under the current decision. After a failure the decision is another one.
 
-    A row that fails in use is left out from then on. Latents that stop being finite are resumed
-    once, from before that step, without the mode that ran there; ``strict`` forbids it.
+    A row that fails in use is left out from then on, and its step is made again. Latents that stop
+    being finite are resumed once, from before that step, without the mode that ran there;
+    ``strict`` forbids it.
     """
 
     decision: Decision
@@ -50,25 +51,26 @@ class Recovery:
     def denoise(self) -> "torch.Tensor":
         """The final latents, finite. Raises LatentsRejectedError, and UnsupportedError where
         ``strict`` forbids to go on without a row that failed."""
-        from sagewan.attention.resolve import ImplementationError
-        from sagewan.pipeline.denoise import NotFinite, denoise
+        from sagewan.pipeline.denoise import NotFinite, RowFailed, denoise
 
-        resume = None
+        resume: Snapshot | None = None
         repeated = False
         while True:
             plan = self.decision.plan
             try:
                 return denoise(self.components, plan, self.conditions, self.watch, resume=resume)
-            except ImplementationError as failure:
+            except RowFailed as stop:
+                failure = stop.failure
                 if row_named(failure.implementation).trusted:
                     raise (failure.__cause__ or failure) from None  # torch itself: unexpected
                 self._decide_again({failure.implementation: failure.objection})
-            except NotFinite as failure:
-                row = blame(plan, failure.step)
+                resume = stop.snapshot
+            except NotFinite as stop:
+                row = blame(plan, stop.step)
                 if repeated or row is None or plan.request.strict:
-                    raise _rejected(plan, failure) from failure
-                self._decide_again(not_finite(row, failure.step))
-                resume, repeated = failure.snapshot, True
+                    raise _rejected(plan, stop) from stop
+                self._decide_again(not_finite(row, stop.step))
+                resume, repeated = stop.snapshot, True
 
     def _decide_again(self, failures: dict[str, Objection]) -> None:
         before = self.decision.plan.attention.choices

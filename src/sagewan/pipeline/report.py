@@ -96,12 +96,14 @@ def make_report(
     }
 
 
-def output_facts(path: Path, video: Video) -> dict[str, Any]:
-    """The file as it is on the disk; the size is (width, height) in pixels."""
+def output_facts(path: Path, video: Video, *, rejected: bool) -> dict[str, Any]:
+    """The file as it is on the disk, which is no result if it is ``rejected``; the size is (width,
+    height) in pixels."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "path": str(path),
+        "rejected": rejected,
         "frames": video.frames,
         "size": list(video.size),
         "fps": video.fps,

@@ -103,14 +103,16 @@ def prepare(request: Request, watch: Watch) -> Prepared:
 
 def execute(prepared: Prepared, watch: Watch) -> Result:
     """Load, encode, denoise, decode and write. Raises as :func:`generate`."""
-    import torch
+    from sagewan.attention.launch import is_out_of_memory
+    from sagewan.attention.resolve import one_line
 
     try:
         return _execute(prepared, watch)
-    except torch.OutOfMemoryError as error:
-        plan = prepared.plan
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UnsupportedError(
-            f"{plan.device.name} ran out of memory ({str(error).splitlines()[0]}); choose a "
+            f"{prepared.plan.device.name} ran out of memory ({one_line(error)}); choose a "
             "smaller --size, fewer --frames or a smaller model"
         ) from error
 
@@ -119,7 +121,6 @@ def _execute(prepared: Prepared, watch: Watch) -> Result:
     from sagewan.attention.launch import Launcher
     from sagewan.pipeline.build import build
     from sagewan.pipeline.conditions import encode
-    from sagewan.pipeline.decode import decode
     from sagewan.pipeline.recover import LatentsRejectedError, Recovery
 
     plan = prepared.plan
@@ -132,17 +133,14 @@ def _execute(prepared: Prepared, watch: Watch) -> Result:
     watch.stage("encode")
     conditions = encode(components, plan, prepared.pictures)
     recovery = Recovery(prepared.decision, components, conditions, watch)
+    wrong: str | None = None
     try:
         latents = recovery.denoise()
     except LatentsRejectedError as error:
-        kept = _rejected_path(plan.request.output)
-        with written_whole(kept) as partial:
-            frames = decode(components, plan, error.latents)
-            write_video(partial, frames, fps=plan.fps)
-        raise RejectedError(f"{error}; the last finite latents are kept as {kept}") from error
+        latents, wrong = error.latents, str(error)
     changes = (*planned_changes(plan), *recovery.changes)
     run = _Run(prepared, recovery.decision.plan, components, launcher, changes)
-    return run.deliver(latents, watch)
+    return run.deliver(latents, watch, wrong)
 
 
 @dataclass(frozen=True)
@@ -155,28 +153,35 @@ class _Run:
     launcher: "Launcher"
     changes: tuple[Change, ...]
 
-    def deliver(self, latents: "torch.Tensor", watch: Watch) -> Result:
-        """Decode and write the video, look at it, and report."""
+    def deliver(self, latents: "torch.Tensor", watch: Watch, wrong: str | None) -> Result:
+        """Decode and write the video, look at it, and report.
+
+        ``wrong`` is why the latents are rejected already. Whatever is rejected is kept aside, with
+        its settings in it, and reported as well; then RejectedError is raised.
+        """
         from sagewan.pipeline.decode import decode
 
         request = self.plan.request
         watch.stage("decode", self.plan.frames)
         guard = FrameGuard()
-        frames = decode(self.components, self.plan, latents)
+        frames = decode(self.components, self.plan, latents, guard)
         with written_whole(request.output) as partial:
             video = write_video(
                 partial, _watched(frames, guard, watch), fps=self.plan.fps, metadata=self._tags()
             )
-            if wrong := guard.objection():
-                kept = _rejected_path(request.output)
-                partial.replace(kept)
-                raise RejectedError(
-                    f"the video is {wrong}: kept as {kept}, not as a result; try another seed, "
+            kept = request.output.with_suffix(f".rejected{request.output.suffix}")
+            if wrong:
+                wrong = f"{wrong}; the last finite latents are kept as {kept}"
+            elif seen := guard.objection():
+                wrong = (
+                    f"the video is {seen}: kept as {kept}, not as a result; try another seed, "
                     "--attention sdpa or --dtype float32"
                 )
-        report = self._report(watch, video)
-        if request.report:
-            write_report(request.report, report)
+            if wrong:
+                partial.replace(kept)
+                self._report(watch, video, kept, rejected=True)
+                raise RejectedError(wrong)
+        report = self._report(watch, video, request.output, rejected=False)
         return Result(path=request.output, plan=self.plan, report=report)
 
     def _measured(self) -> Measured:
@@ -201,11 +206,14 @@ class _Run:
         )
         return metadata_of(settings(request), facts, summary)
 
-    def _report(self, watch: Watch, video: Video) -> dict[str, Any]:
-        output = output_facts(self.plan.request.output, video)
+    def _report(self, watch: Watch, video: Video, path: Path, *, rejected: bool) -> dict[str, Any]:
+        """The report of a video that lies at ``path``; written where the request wants it."""
         hardware = self.prepared.decision.hardware
         report = make_report(self.plan, hardware, self.changes, self._measured(), watch.timings())
-        return {**report, "output": output}
+        report["output"] = output_facts(path, video, rejected=rejected)
+        if self.plan.request.report:
+            write_report(self.plan.request.report, report)
+        return report
 
 
 def _quiet_libraries() -> None:
@@ -225,7 +233,3 @@ def _watched(
         guard.see(frame)
         yield frame
         watch.step(done)
-
-
-def _rejected_path(output: Path) -> Path:
-    return output.with_suffix(f".rejected{output.suffix}")

@@ -1,6 +1,6 @@
 """Which implementation of which mode runs at each step and layer, and why not another."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sagewan.errors import RequestError, UnsupportedError
@@ -45,10 +45,11 @@ class Choice:
 class AttentionPlan:
     """The self-attention of a run. ``ends`` serves the first and last steps and kept layers.
 
-    ``unproven`` are the rows whose self-test on this device this plan still waits for.
+    ``unproven`` are the rows whose self-test for ``problem`` on this device it still waits for.
     """
 
     requested: str
+    problem: Problem
     main: Choice
     ends: Choice | None = None
     first: int = 0
@@ -131,6 +132,16 @@ class _Chooser:
             return Choice(AUTO, min(timed, key=lambda pair: pair[0])[1])
         return Choice(AUTO, self.choose("sdpa").row)
 
+    def untested(self, choices: Iterable[Choice], floor: Quality) -> tuple[Implementation, ...]:
+        """The rows whose self-test these choices wait for, each once."""
+        rows: list[Implementation] = []
+        for choice in choices:
+            if choice.requested == AUTO:
+                rows += self.untimed(floor)
+            elif self.unproven(choice.row):
+                rows.append(choice.row)
+        return tuple(dict.fromkeys(rows))
+
     def untimed(self, floor: Quality) -> list[Implementation]:
         """The rows to time before ``auto`` can choose; torch's own too, if it has a rival."""
         rivals = list(self.candidates(floor))
@@ -155,34 +166,40 @@ def plan_attention(
 ) -> AttentionPlan:
     """Choose the rows for a request. Raises UnsupportedError where ``strict`` forbids a fallback,
     and RequestError for layers that the model does not have."""
+    _check_layers(request, layers)
+    chooser = _Chooser(problem, device, hardware, evidence, request.emulate)
+    requested = request.attention or (preset.attention if preset else AUTO)
+    floor = preset.quality if preset else DEFAULT_QUALITY
+    main = chooser.fastest(floor) if requested == AUTO else chooser.choose(requested)
+    ends = request.attention_ends
+    at_ends = chooser.choose(ends.mode) if ends else None
+    plan = AttentionPlan(
+        requested=requested,
+        problem=problem,
+        main=main,
+        ends=at_ends,
+        first=ends.first if ends else 0,
+        last=ends.last if ends else 0,
+        keep_layers=frozenset(request.attention_keep_layers),
+        strict=request.strict,
+        from_preset=request.attention is None and preset is not None,
+        unproven=chooser.untested((main, at_ends) if at_ends else (main,), floor),
+    )
+    _check_strict(plan)
+    return plan
+
+
+def _check_layers(request: Request, layers: int) -> None:
     if any(layer >= layers for layer in request.attention_keep_layers):
         raise RequestError(
             f"attention_keep_layers: the model's layers are 0 to {layers - 1}, "
             f"not {max(request.attention_keep_layers)}"
         )
-    chooser = _Chooser(problem, device, hardware, evidence, request.emulate)
-    requested = request.attention or (preset.attention if preset else AUTO)
-    floor = preset.quality if preset else DEFAULT_QUALITY
-    main = chooser.fastest(floor) if requested == AUTO else chooser.choose(requested)
-    ends = chooser.choose(request.attention_ends.mode) if request.attention_ends else None
-    named = [choice.row for choice in (main, ends) if choice and choice.requested != AUTO]
-    unproven = [row for row in named if chooser.unproven(row)]
-    if requested == AUTO:
-        unproven += chooser.untimed(floor)
-    plan = AttentionPlan(
-        requested=requested,
-        main=main,
-        ends=ends,
-        first=request.attention_ends.first if request.attention_ends else 0,
-        last=request.attention_ends.last if request.attention_ends else 0,
-        keep_layers=frozenset(request.attention_keep_layers),
-        strict=request.strict,
-        from_preset=request.attention is None and preset is not None,
-        unproven=tuple(dict.fromkeys(unproven)),
-    )
-    if request.strict and not plan.from_preset and plan.fallbacks:
+
+
+def _check_strict(plan: AttentionPlan) -> None:
+    if plan.strict and not plan.from_preset and plan.fallbacks:
         first = plan.fallbacks[0]
         raise UnsupportedError(
             f"attention={first.from_mode} can't run here: {first.why()} (strict: no fallback)"
         )
-    return plan

@@ -8,7 +8,7 @@ from sagewan.plan.objection import Objection
 
 @dataclass(frozen=True, kw_only=True)
 class SelfTest:
-    """One implementation compared with float64 on one device.
+    """One implementation compared with float64 on one device, in one head size and dtype.
 
     ``error`` is ‖out − ref‖ / ‖ref‖, the worst of its problems; ``limit`` the most its quality
     class allows; ``milliseconds`` the time of the timed problem. An objection means it failed.
@@ -27,7 +27,8 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything learnt on one device; immutable, so a plan can be made again from it."""
+    """Everything learnt on one device in one head size and dtype, those of the plan's problem;
+    immutable, so a plan can be made again from it."""
 
     tests: Mapping[str, SelfTest] = field(default_factory=dict)
     failures: Mapping[str, Objection] = field(default_factory=dict)

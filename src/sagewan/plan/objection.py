@@ -33,11 +33,15 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "self-test-changed-inputs": "its self-test found that it changes its inputs",
                 "self-test-crashed": "its self-test failed ({error})",
                 "self-test-no-memory": (
-                    "its self-test found too little free memory on the GPU ({error})"
+                    "its self-test found too little free memory ({error}); "
+                    "sagewan doctor tries it again"
+                ),
+                "self-test-timeout": (
+                    "its self-test gave no answer within {seconds} s; sagewan doctor tries it again"
                 ),
                 "run-not-finite": "its result stopped being finite at step {step}",
                 "run-failed": "it failed while running ({error})",
-                "less-precise": "is less precise than {mode}, whose result was not finite",
+                "no-more-precise": "is no more precise than {mode}, whose result was not finite",
                 "emulation-only": (
                     "this version can only emulate it (--emulate: exact arithmetic, slow)"
                 ),

@@ -66,14 +66,10 @@ def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evid
     grid_size = _on_grid(size, model)
     tokens = model.tokens(grid_size, frames)
     steps = _steps(request, model, preset)
+    _check_tokens(tokens, size, frames)
+    problem = Problem(head_dim=model.head_dim, dtype=dtype, keys=tokens)
     attention = plan_attention(
-        request,
-        preset,
-        Problem(head_dim=model.head_dim, dtype=dtype, keys=tokens),
-        device,
-        hardware,
-        evidence,
-        layers=model.layers,
+        request, preset, problem, device, hardware, evidence, layers=model.layers
     )
     plan = Plan(
         request=request,
@@ -92,11 +88,6 @@ def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evid
         attention=attention,
         weight_bytes=model.parameters * model.experts * (4 if dtype == "float32" else 2),
     )
-    if plan.tokens > MAX_TOKENS:
-        raise RequestError(
-            f"size={size[0]}x{size[1]} with frames={frames} makes {plan.tokens} tokens; "
-            f"more than {MAX_TOKENS} is refused: choose a smaller size or fewer frames"
-        )
     return replace(plan, notes=tuple(_notes(plan, preset)))
 
 
@@ -151,6 +142,14 @@ def _shape(
     return size, frames, request.fps or model.sampling.fps
 
 
+def _check_tokens(tokens: int, size: tuple[int, int], frames: int) -> None:
+    if tokens > MAX_TOKENS:
+        raise RequestError(
+            f"size={size[0]}x{size[1]} with frames={frames} makes {tokens} tokens; "
+            f"more than {MAX_TOKENS} is refused: choose a smaller size or fewer frames"
+        )
+
+
 def _on_grid(size: tuple[int, int], model: Model) -> tuple[int, int]:
     across, down = model.grid
     return -(-size[0] // across) * across, -(-size[1] // down) * down
@@ -169,14 +168,25 @@ def _steps(request: Request, model: Model, preset: Preset | None) -> Steps:
         # As diffusers: the second expert follows the first's guidance if only that is chosen.
         default = usual.cfg_2 if request.cfg is None else request.cfg
         cfg_2 = default if request.cfg_2 is None else request.cfg_2
+    count = request.steps or count
+    _check_ends(request, count)
     return Steps(
-        count=request.steps or count,
+        count=count,
         scheduler=request.scheduler or usual.scheduler,
         shift=usual.shift if request.shift is None else request.shift,
         cfg=cfg,
         cfg_2=cfg_2,
         boundary=model.boundary if request.boundary is None else request.boundary,
     )
+
+
+def _check_ends(request: Request, steps: int) -> None:
+    ends = request.attention_ends
+    if ends and ends.first + ends.last >= steps:
+        raise RequestError(
+            f"attention_ends={ends}: these are all {steps} steps, so that {request.attention} "
+            f"would never run; name fewer, or choose attention {ends.mode}"
+        )
 
 
 def _notes(plan: Plan, preset: Preset | None) -> list[str]:

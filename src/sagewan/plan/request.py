@@ -121,7 +121,13 @@ class Request:
                 "attention_ends and attention_keep_layers change a chosen mode: "
                 "choose one with attention"
             )
-        if self.attention_keep_layers and not self.attention_ends:
+        ends = self.attention_ends
+        if ends and ends.first == ends.last == 0 and not self.attention_keep_layers:
+            raise RequestError(
+                f"attention_ends={ends} names no step: count the first or last ones, or name "
+                "layers with attention_keep_layers"
+            )
+        if self.attention_keep_layers and not ends:
             raise RequestError(
                 "attention_keep_layers needs attention_ends, which names the mode for those "
                 "layers, such as sageattn_3:0,0"
@@ -176,4 +182,5 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
 
 
 def _nearest_frames(frames: int) -> int:
-    return max(1, round((frames - 1) / 4) * 4 + 1)
+    # Of two as near, the longer: one frame is no video.
+    return (frames + 1) // 4 * 4 + 1

@@ -30,7 +30,14 @@ def started(*words: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=None if os.name == "nt" else _heed_signals,
     )
+
+
+def _heed_signals() -> None:
+    """A child inherits which signals are ignored: those of nohup, or of a job in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,10 @@ def test_a_signal_exits_130_and_leaves_nothing(tmp_path: Path, name: str) -> Non
     time.sleep(1)
     began = time.perf_counter()
     process.send_signal(number)
-    _, rest = process.communicate(timeout=60)
+    try:
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
     took = time.perf_counter() - began
     assert process.returncode == 130, "".join(lines) + rest
     assert rest.splitlines()[-1] == "sagewan: cancelled"

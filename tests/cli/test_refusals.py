@@ -145,7 +145,13 @@ def test_strict_exits_3_before_loading(place: Path, sagewan: Run) -> None:
     assert "needs an NVIDIA GPU" in said.err
 
 
-@pytest.mark.parametrize("words", [[], ["generat"], ["--model", "demo"]])
+def test_nothing_at_all_is_answered_with_the_help(sagewan: Run) -> None:
+    said = sagewan()
+    assert said.code == 2
+    assert "make a video from a prompt" in said.out
+
+
+@pytest.mark.parametrize("words", [["generat"], ["--model", "demo"]])
 def test_no_command_is_one_sentence(words: list[str], sagewan: Run) -> None:
     said = sagewan(*words)
     assert said.code == 2

@@ -66,6 +66,9 @@ def _run(argv: list[str]) -> int:
             module = importlib.import_module(f"sagewan.cli.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+    if not argv:
+        parser.print_help()
+        return RequestError.exit_code
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         raise _unknown(unknown, chosen)

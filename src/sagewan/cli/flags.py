@@ -45,7 +45,10 @@ FLAGS: Mapping[str, Flag] = {
     "fps": Flag("N", "frames per second of the file"),
     "device": Flag("DEVICE", "auto, cpu, cuda or cuda:N"),
     "dtype": Flag("DTYPE", "auto, bfloat16, float16 or float32"),
-    "strict": Flag("", "fail (exit 3) where another attention mode would have to take over"),
+    "strict": Flag(
+        "",
+        "fail (exit 3) where another attention mode would have to take over from one that is named",
+    ),
     "emulate": Flag("", "emulate attention this machine has no hardware for: slow, exact"),
     "metadata": Flag("", "keep the settings, with the paths they name, inside the video"),
     "report": Flag("FILE", "write what ran, as JSON"),

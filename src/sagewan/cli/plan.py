@@ -76,7 +76,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     steps = plan.steps
     guidance = f"cfg {steps.cfg:g}" + ("" if steps.cfg_2 is None else f" then {steps.cfg_2:g}")
     rows = [
-        ("model", f"{plan.model.name} ({plan.task}), {plan.model.parameters / 1e9:.2f} billion"),
+        ("model", f"{plan.model.name} ({plan.task}), {_count(plan.model.parameters)} parameters"),
         ("device", f"{plan.device.name}, {plan.dtype}"),
         ("video", f"{_size(plan.size)}, {counted(plan.frames, 'frame')} at {plan.fps} fps"),
         ("generated", f"{_size(plan.grid_size)}, {plan.tokens} tokens"),
@@ -111,3 +111,10 @@ def _choice(choice: Choice) -> str:
     row = choice.row
     emulated = ", emulated" if row.emulated else ""
     return f"{row.mode} by {row.name} (Q·Kᵀ {row.qk}, P·V {row.pv}{emulated})"
+
+
+def _count(parameters: int) -> str:
+    """14288491584 → ``14.29 billion``, 8589664 → ``8.6 million``."""
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.2f} billion"
+    return f"{parameters / 1e6:.1f} million"

@@ -1,5 +1,6 @@
 """The plan: every decision of a run, made before anything runs, from values alone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sagewan.errors import RequestError
@@ -14,6 +15,7 @@ from sagewan.plan.words import check_words
 
 # The rotary table of Wan has 1024 positions a side; beyond this many tokens nothing was tried.
 MAX_TOKENS = 500_000
+GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,19 +191,33 @@ def _check_ends(request: Request, steps: int) -> None:
         )
 
 
-def _notes(plan: Plan, preset: Preset | None) -> list[str]:
-    notes = []
+def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
+    """What the user should know before it runs, in sentences."""
     if plan.size != plan.grid_size:
-        notes.append(
+        yield (
             f"{plan.size[0]}x{plan.size[1]} is not on the model's grid: generated at "
             f"{plan.grid_size[0]}x{plan.grid_size[1]} and cropped"
         )
-    if preset and preset.steps <= 8 and plan.steps.count == preset.steps:
-        notes.append(
+    if plan.steps.scheduler == "lcm":
+        yield "the scheduler lcm is for distilled checkpoints: others come out unfinished"
+    if plan.request.emulate and not any(c.row.emulated for c in plan.attention.choices):
+        yield f"emulate changes nothing here: {plan.attention.main.mode} runs without emulation"
+    one_expert = plan.weight_bytes // plan.model.experts
+    if plan.device.is_cuda and one_expert > plan.device.memory_free:
+        yield (
+            f"this will not fit: the transformer's weights alone take {one_expert / GIB:.1f} GiB, "
+            f"{plan.device.name} has {plan.device.memory_free / GIB:.1f} GiB free, and this "
+            "version keeps a model whole on the card; choose a smaller model"
+        )
+    if preset:
+        yield from _preset_notes(plan, preset)
+
+
+def _preset_notes(plan: Plan, preset: Preset) -> Iterator[str]:
+    if preset.steps <= 8 and plan.steps.count == preset.steps:
+        yield (
             f"{preset.steps} steps want a distilled checkpoint; with an ordinary one choose --steps"
         )
-    if preset and plan.model.is_demo:
-        notes.append("the demo model keeps its own size, length and steps under every preset")
-    if preset:
-        notes.append("weights are kept in 16 bit: this version has no other quantization yet")
-    return notes
+    if plan.model.is_demo:
+        yield "the demo model keeps its own size, length and steps under every preset"
+    yield f"weights are kept in {plan.dtype}: this version has no other quantization yet"

@@ -16,6 +16,8 @@ from sagewan.errors import Cancelled, RejectedError, RequestError, UnsupportedEr
 from sagewan.pipeline import Result, decode, generate
 from sagewan.pipeline.export import KEY, read_settings
 from sagewan.pipeline.progress import Event, Watch
+from sagewan.plan.catalogue import Implementation
+from sagewan.plan.evidence import SelfTest
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import request_from_json
 from sagewan.reference import emulation
@@ -244,7 +246,7 @@ def test_a_row_that_fails_in_use_is_replaced_from_that_step_on(
         for row in catalogue.ROWS
     )
     monkeypatch.setattr(catalogue, "ROWS", rows)
-    monkeypatch.setattr("sagewan.pipeline.decide._prove", _proved)
+    monkeypatch.setattr("sagewan.attention.self_test.self_test", _passed)
     calls = 0
 
     @functools.wraps(emulation.sageattn_3)
@@ -269,11 +271,8 @@ def test_a_row_that_fails_in_use_is_replaced_from_that_step_on(
     assert len(result.report["timings"]["steps"]) == STEPS
 
 
-def _proved(row: object, plan: object, hardware: object, evidence: object) -> object:
-    from sagewan.plan.evidence import SelfTest
-
-    test = SelfTest(implementation=row.name, error=0.0, limit=1.0, milliseconds=1.0)  # type: ignore[attr-defined]
-    return evidence.with_test(test)  # type: ignore[attr-defined]
+def _passed(row: Implementation, device: object, problem: object) -> SelfTest:
+    return SelfTest(implementation=row.name, error=0.0, limit=1.0, milliseconds=1.0)
 
 
 def test_a_failure_of_our_own_keeps_its_traceback(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sagewan.pipeline.checkup import BUILDS
+
 START = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "start.py"))
 Gpu = START["Gpu"]
 
@@ -65,3 +67,8 @@ def test_a_machine_without_nvidia_smi_has_no_gpu(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(subprocess, "run", absent)
     assert START["find_gpus"]() == []
+
+
+def test_the_first_start_and_the_doctor_know_the_same_builds() -> None:
+    known = [(b.index, b.driver, b.lowest_sm, b.highest_sm) for b in BUILDS]
+    assert known == [START["CUDA_13"], START["CUDA_12"]]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from sagewan.cli.streams import say
 from sagewan.errors import UnsupportedError
+from sagewan.plan.hardware import GIB
 from sagewan.plan.modes import AUTO, MODES
 from sagewan.plan.request import unknown_choice
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
     from sagewan.pipeline.doctor import Diagnosis, TriedMode, TriedRow
     from sagewan.plan.hardware import Hardware
-
-_GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,10 +110,10 @@ def _show_machine(console: "Console", diagnosis: "Diagnosis") -> None:
     hardware = diagnosis.hardware
     lines = {
         "machine": f"{hardware.cpu.name}, {hardware.cores} cores, "
-        f"{hardware.memory_total / _GIB:.0f} GiB, {hardware.system}, Python {hardware.python}",
+        f"{hardware.memory_total / GIB:.0f} GiB, {hardware.system}, Python {hardware.python}",
         **{
             f"GPU {device.index}": f"{device.name}, compute capability {device.sm / 10:.1f}, "
-            f"{device.memory_free / _GIB:.1f} of {device.memory_total / _GIB:.1f} GiB free"
+            f"{device.memory_free / GIB:.1f} of {device.memory_total / GIB:.1f} GiB free"
             for device in hardware.devices
         },
         "driver": hardware.driver or "no NVIDIA driver",

@@ -9,9 +9,10 @@ from sagewan.cli.flags import add_request_flags, request_from
 from sagewan.cli.show import counted
 from sagewan.plan.attention import Choice
 from sagewan.plan.evidence import Evidence
+from sagewan.plan.hardware import GIB
 from sagewan.plan.models import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
 from sagewan.plan.plan import Plan, make_plan
-from sagewan.plan.pretend import CARDS, GIB, pretend
+from sagewan.plan.pretend import CARDS, pretend
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import plan_to_json
 

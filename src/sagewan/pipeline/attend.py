@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sagewan.attention.cache import load_evidence, store
+from sagewan.attention.cache import load_evidence
 from sagewan.attention.launch import Launcher
 from sagewan.attention.resolve import ImplementationError
-from sagewan.attention.self_test import self_test
 from sagewan.errors import RequestError, ShapeError
+from sagewan.pipeline.decide import prove
 from sagewan.pipeline.probe import probe
 from sagewan.pipeline.report import Change
 from sagewan.plan.attention import Choice, Fallback, plan_attention
@@ -124,10 +124,7 @@ def _decide(request: Request, problem: Problem, device: Device, hardware: Hardwa
         if not plan.unproven:
             _session.tell(plan.fallbacks)
             return plan.main
-        for row in plan.unproven:
-            test = self_test(row, device, problem)
-            store(test, device, hardware, problem)
-            evidence = evidence.with_test(test)
+        evidence = prove(plan, device, hardware, evidence)
 
 
 def _key(device: Device, problem: Problem) -> tuple[str, int, str]:

@@ -4,9 +4,10 @@ import logging
 from dataclasses import dataclass
 
 from sagewan.pipeline.progress import Watch
+from sagewan.plan.attention import AttentionPlan
 from sagewan.plan.catalogue import ROWS, Implementation, rows_of
 from sagewan.plan.evidence import Evidence
-from sagewan.plan.hardware import Hardware
+from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.models import Model
 from sagewan.plan.modes import MODES
 from sagewan.plan.objection import Objection
@@ -52,10 +53,7 @@ def decide(
         evidence = stored_evidence(plan, hardware)
         plan = make_plan(request, model, hardware, evidence)
     while plan.attention.unproven:
-        for row in plan.attention.unproven:
-            if watch:
-                watch.stage(f"self-test of {row.name}")
-            evidence = _prove(row, plan, hardware, evidence)
+        evidence = prove(plan.attention, plan.device, hardware, evidence, watch=watch)
         plan = make_plan(request, model, hardware, evidence)
     return Decision(request=request, model=model, hardware=hardware, evidence=evidence, plan=plan)
 
@@ -67,17 +65,27 @@ def stored_evidence(plan: Plan, hardware: Hardware) -> Evidence:
     return load_evidence(plan.device, hardware, plan.attention.problem)
 
 
-def _prove(row: Implementation, plan: Plan, hardware: Hardware, evidence: Evidence) -> Evidence:
-    """Evidence with the self-test of one row, which is stored for the next run as well."""
+def prove(
+    attention: AttentionPlan,
+    device: Device,
+    hardware: Hardware,
+    evidence: Evidence,
+    *,
+    watch: Watch | None = None,
+) -> Evidence:
+    """Evidence with a self-test of every row that a plan waits for, kept for the next run too."""
     from sagewan.attention.cache import store
     from sagewan.attention.self_test import self_test
 
-    problem = plan.attention.problem
-    test = self_test(row, plan.device, problem)
-    if test.objection:
-        logger.warning("%s can't be used: %s", row.name, test.objection.sentence())
-    store(test, plan.device, hardware, problem)
-    return evidence.with_test(test)
+    for row in attention.unproven:
+        if watch:
+            watch.stage(f"self-test of {row.name}")
+        test = self_test(row, device, attention.problem)
+        if test.objection:
+            logger.warning("%s can't be used: %s", row.name, test.objection.sentence())
+        store(test, device, hardware, attention.problem)
+        evidence = evidence.with_test(test)
+    return evidence
 
 
 def blame(plan: Plan, step: int) -> Implementation | None:

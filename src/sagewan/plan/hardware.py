@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from sagewan.errors import RequestError
 
+GIB = 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Device:

@@ -7,7 +7,7 @@ from sagewan.errors import RequestError
 from sagewan.plan.attention import AttentionPlan, plan_attention
 from sagewan.plan.catalogue import Problem
 from sagewan.plan.evidence import Evidence
-from sagewan.plan.hardware import Device, Hardware
+from sagewan.plan.hardware import GIB, Device, Hardware
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
 from sagewan.plan.modes import PRESETS, Preset
 from sagewan.plan.request import Request
@@ -15,7 +15,6 @@ from sagewan.plan.words import check_words
 
 # The rotary table of Wan has 1024 positions a side; beyond this many tokens nothing was tried.
 MAX_TOKENS = 500_000
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)

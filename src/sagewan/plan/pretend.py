@@ -5,10 +5,9 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from sagewan.errors import RequestError
-from sagewan.plan.hardware import Device, Hardware
+from sagewan.plan.hardware import GIB, Device, Hardware
 from sagewan.plan.request import unknown_choice
 
-GIB = 1 << 30
 MAX_GIB = 1024.0
 
 # (compute capability × 10, memory in GiB), from NVIDIA's tables.

@@ -7,7 +7,6 @@ A field left at None takes the preset's value, then the model's default.
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 from sagewan.errors import RequestError
@@ -132,11 +131,6 @@ class Request:
                 "attention_keep_layers needs attention_ends, which names the mode for those "
                 "layers, such as sageattn_3:0,0"
             )
-
-
-def field_names() -> tuple[str, ...]:
-    """The names of Request's fields, which are the flags and the widgets."""
-    return tuple(field.name for field in dataclass_fields(Request))
 
 
 def parse_size(text: str) -> tuple[int, int]:

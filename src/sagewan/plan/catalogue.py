@@ -298,7 +298,7 @@ ROWS: tuple[Implementation, ...] = (
         head_dims=(64, 96, 128, 256),
         package="comfy-kitchen",
         versions=("0.2.40", "0.3"),
-        install='pip install "sagewan[kitchen]"',
+        install='pip install "comfy-kitchen>=0.2.40,<0.3"',
         systems=("Linux", "Windows"),
         grouped_heads=True,
     ),

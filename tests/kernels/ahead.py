@@ -34,6 +34,8 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 _DIVISIBLE = [["tt.divisibility", 16]]

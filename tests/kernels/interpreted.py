@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
+from sagewan.errors import ShapeError
 from sagewan.kernels import fp8_attention, int8_attention, prepare
 from sagewan.reference import emulation, formats
 from sagewan.reference.attention import attention_with_lse, relative_error
@@ -125,7 +126,7 @@ def test_large_and_tiny_inputs_stay_finite(mode: str, factor: float) -> None:
 def test_fine_rows_hold_the_scores() -> None:
     """Data, scales and dots give back q·k, but for what softmax ignores."""
     q, k, _ = sample(40, 90, heads=2, key_heads=1)
-    queries, keys = int8_attention.fine_rows(q, k, None, return_lse=True)
+    queries, keys = int8_attention.fine_rows(q, k, with_lse=True)
     assert keys.dots is not None
     scores = (queries.data.float() * queries.scale[..., None]) @ (
         keys.data.float() * keys.scale[..., None]
@@ -180,3 +181,82 @@ def test_a_planted_fault_is_caught(mode: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(int8_attention, "int8_rows", wrong)
     out = getattr(module, mode)(q, k, v)
     assert relative_error(out, getattr(emulation, mode)(q, k, v)) > 10 * KERNEL_ERROR
+
+
+HALVES = {
+    "sageattn": (int8_attention.prepare_sageattn, int8_attention.attend),
+    "sageattn_3": (int8_attention.prepare_sageattn_3, int8_attention.attend),
+    "sageattn_3_fp8": (fp8_attention.prepare_sageattn_3_fp8, fp8_attention.attend),
+}
+
+
+def masked_reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:  # rows that attend to nothing: zeros, minus infinity
+    allowed = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)
+    allowed = allowed[:, :, : q.shape[2], : k.shape[2]]
+    scores = (q.double() @ k.double().mT * q.shape[3] ** -0.5).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v.double(), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("mode", HALVES)
+@pytest.mark.parametrize("keys", [300, 256])
+def test_a_block_mask_skips_keys_and_empty_rows_are_zero(mode: str, keys: int) -> None:
+    q, k, v = sample(300, keys)
+    prepare_mode, attend = HALVES[mode]
+    prepared = prepare_mode(q, k, v, with_lse=True)
+    mask = torch.ones(1, 2, 3, -(-keys // 128), dtype=torch.bool)
+    mask[:, 0, 0, 0] = mask[:, 0, 1, -1] = mask[:, 1, 0, 1:] = False
+    mask[:, 1, 2] = False
+    out, lse = attend(prepared, block_mask=mask, return_lse=True)
+    expected, expected_lse = masked_reference(q, k, v, mask)
+    assert not out[:, 1, 256:].any()
+    assert relative_error(out, expected) < (0.05 if mode == "sageattn_3_fp8" else 0.01)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=0.06, rtol=1e-3)
+    everything = attend(prepared, block_mask=torch.ones_like(mask[:, :1]))
+    assert torch.equal(everything, attend(prepared))
+
+
+def test_skipped_blocks_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = sample(130, 390, heads=1, key_heads=1)
+    mask = torch.tensor([[True, False, True, False], [False, True, False, True]])[None, None]
+    prepared = int8_attention.prepare_sageattn(q, k, v)
+    expected = int8_attention.attend(prepared, block_mask=mask)
+    poisoned = v.clone()
+    poisoned[:, :, 128:256] = torch.nan
+    prepared = int8_attention.prepare_sageattn(q, k, poisoned)
+    out = int8_attention.attend(prepared, block_mask=mask)
+    assert torch.equal(out[:, :, :128], expected[:, :, :128])
+    assert out[:, :, 128:].isnan().all()
+
+
+@pytest.mark.parametrize("mode", HALVES)
+def test_the_mean_of_k_may_come_from_several_parts(mode: str) -> None:
+    """Two devices that each hold half of the keys merge to what one would compute."""
+    q, k, v = sample(40, 256, heads=1, key_heads=1)
+    prepare_mode, attend = HALVES[mode]
+    parts = [(k[:, :, half], v[:, :, half]) for half in (slice(0, 128), slice(128, 256))]
+    sums, counts = zip(*(prepare.sum_and_count(part) for part, _ in parts), strict=True)
+    k_mean = sum(sums) / sum(counts)
+    torch.testing.assert_close(k_mean, prepare.mean(k))
+    halves = [
+        attend(prepare_mode(q, key, value, k_mean=k_mean, with_lse=True), return_lse=True)
+        for key, value in parts
+    ]
+    weights = torch.stack([lse for _, lse in halves]).softmax(0)
+    merged = sum(w[..., None] * out.float() for w, (out, _) in zip(weights, halves, strict=True))
+    assert relative_error(merged, attend(prepare_mode(q, k, v))) < 2e-3 + (
+        0.03 if mode == "sageattn_3_fp8" else 0.0
+    )
+    other = attend(prepare_mode(q, k, v, k_mean=k_mean + 1))
+    assert relative_error(other, attention_with_lse(q, k, v)[0]) < 0.05
+
+
+def test_what_a_mask_may_not_be_is_refused() -> None:
+    q, k, v = sample(130, 390, heads=1, key_heads=1)
+    prepared = int8_attention.prepare_sageattn(q, k, v)
+    for wrong in (torch.ones(1, 1, 2, 3, dtype=torch.bool), torch.ones(1, 1, 2, 4)):
+        with pytest.raises(ShapeError, match=r"give \[1 or 1, 1 or 1, 2, 4\] bool"):
+            int8_attention.attend(prepared, block_mask=wrong)
+    with pytest.raises(ShapeError, match="with_lse"):
+        int8_attention.attend(prepared, return_lse=True)

@@ -3,30 +3,38 @@
 :func:`sageattn_3_fp8` prepares Q and K as ``sageattn_3``. P and V multiply in e4m3, V with a scale
 per channel. P is at most 1 and is scaled to the top of e4m3's range, or small probabilities would
 underflow. Sums are kept at two levels, because Hopper's FP8 accumulator has 14 bits: each step's
-P·V is added to a float32 accumulator by the multiply-add that rescales it. No mask, no causal
+P·V is added to a float32 accumulator by the multiply-add that rescales it. Two halves,
+``prepare_sageattn_3_fp8`` and ``attend``, which takes a mask of blocks; no other mask, no causal
 order, no dropout, no gradient. After SageAttention2 (arXiv:2411.10958).
 """
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sagewan.kernels.int8_attention import (
     fine_rows,
+    lists,
     load_queries,
-    output_for,
+    normalised,
+    outputs,
     scores,
     store_lse,
     store_output,
+    strided,
 )
+from sagewan.kernels.key_blocks import BLOCK, key_of, walk
 from sagewan.kernels.launch import Tile, block_of, check, compute_capability, launch
-from sagewan.kernels.prepare import Columns, Rows, e4m3_columns
+from sagewan.kernels.prepare import e4m3_columns
+from sagewan.kernels.prepared import Columns, Prepared, Rows
 
 E4M3_MAX = 448.0
 _P_MAX = tl.constexpr(E4M3_MAX)
 _LOG2_P_MAX = tl.constexpr(math.log2(E4M3_MAX))
+_BLOCK = tl.constexpr(BLOCK)
 # On consumer cards FP8 products that add in float32 run at half rate, so a step's keys add in
 # float16, which holds 65504: 64 keys · P up to 448 · V up to 1.75 = 50176, and each of 64 sums may
 # round up by 2⁻¹¹, to 51768 at most.
@@ -54,26 +62,50 @@ def sageattn_3_fp8(
     ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
     Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses.
     """
+    prepared = prepare_sageattn_3_fp8(q, k, v, scale=scale, with_lse=return_lse)
+    return attend(prepared, return_lse=return_lse, out=torch.empty_like(q))
+
+
+def prepare_sageattn_3_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    k_mean: Tensor | None = None,
+    with_lse: bool = False,
+) -> Prepared[Rows, Columns]:
+    """The first half of :func:`sageattn_3_fp8`; arguments as
+    :func:`sagewan.kernels.int8_attention.prepare_sageattn`'s. V's largest magnitudes are what the
+    sums of this GPU can hold: ``HALF_SUM_V_MAX`` on the cards of ``HALF_SUM_SMS``."""
     check(q, k, v)
     half_sums = compute_capability(q.device) in HALF_SUM_SMS
-    queries, keys = fine_rows(q, k, scale, return_lse=return_lse)
-    columns = e4m3_columns(v, HALF_SUM_V_MAX if half_sums else E4M3_MAX)
-    out, lse = output_for(q, return_lse=return_lse)
-    _attend(out, lse, (queries, keys, columns), keys=v.shape[2], half_sums=half_sums)
-    return out if lse is None else (out, lse)
+    queries, keys = fine_rows(q, k, scale, k_mean=k_mean, with_lse=with_lse)
+    return Prepared(
+        q=queries,
+        k=keys,
+        v=e4m3_columns(v, HALF_SUM_V_MAX if half_sums else E4M3_MAX),
+        queries=q.shape[2],
+        keys=v.shape[2],
+        head_dim=q.shape[3],
+        dtype=q.dtype,
+    )
 
 
-def _attend(
-    out: Tensor,
-    lse: Tensor | None,
-    prepared: tuple[Rows, Rows, Columns],
+def attend(
+    prepared: Prepared[Rows, Columns],
     *,
-    keys: int,
-    half_sums: bool,
-) -> None:
-    q, k, v = prepared
+    block_mask: Tensor | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The second half of :func:`sageattn_3_fp8`; arguments as
+    :func:`sagewan.kernels.int8_attention.attend`'s."""
+    q, k, v = prepared.q, prepared.k, prepared.v
+    out, lse = outputs(prepared, out, return_lse=return_lse)
     batch, heads, count, size = out.shape
-    tile = tile_for(compute_capability(out.device), block_of(size))
+    sm = compute_capability(out.device)
+    tile = tile_for(sm, block_of(size))
     arguments = {
         "q": q.data,
         "q_scale": q.scale,
@@ -83,22 +115,24 @@ def _attend(
         "k_bias": k.dots,
         "v": v.data,
         "v_scale": v.scale,
-        **dict(zip(("o", "o_b", "o_h", "o_n", "o_d"), (out, *out.stride()), strict=True)),
+        **strided("o", out),
         "lse": lse,
+        **lists(prepared, block_mask),
         "heads": heads,
         "count": count,
         "count_padded": q.data.shape[2],
-        "keys": keys,
+        "keys": prepared.keys,
         "keys_padded": k.data.shape[2],
         "size": size,
         "SHARED": heads // k.data.shape[1],
-        "HALF_SUMS": half_sums,
+        "HALF_SUMS": sm in HALF_SUM_SMS,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": block_of(size),
     }
     grid = (triton.cdiv(count, tile.block_m), batch * heads)
     launch(_kernel, grid, out.device, arguments, tile)
+    return out if lse is None else (out, lse)
 
 
 @triton.jit
@@ -138,6 +172,7 @@ def _kernel(
     v, v_scale,  # [B·Hk, D', M'] float8_e4m3fn, [B·Hk, D']
     o, o_b, o_h, o_n, o_d,  # [B, H, N, D]
     lse,  # [B·H, N] or None
+    blocks, block_counts, block_tails, block_b, block_h,  # key_blocks.KeyBlocks, or None
     heads, count, count_padded, keys, keys_padded, size,
     SHARED: tl.constexpr, HALF_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -153,21 +188,23 @@ def _kernel(
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    whole = keys // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
+    row_block = tl.program_id(0) * BLOCK_M // _BLOCK
+    place, whole, tail, end = walk(
+        block_counts, block_tails, block_b, block_h, heads, head, row_block, keys, BLOCK_N
+    )
+    for position in range(0, whole, BLOCK_N):
+        start = key_of(blocks, place, position)
         acc, total, highest = _step(
             acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, start, keys,
             keys_padded, False, HALF_SUMS, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    if whole < keys:
+    for start in range(tail, end, BLOCK_N):
         acc, total, highest = _step(
-            acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, whole, keys,
+            acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, start, keys,
             keys_padded, True, HALF_SUMS, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     channel_scale = tl.load(v_scale + key_head * BLOCK_D + tl.arange(0, BLOCK_D))
-    store_output(
-        acc * channel_scale[None, :] / total[:, None],
-        o, o_b, o_h, o_n, o_d, heads, head, rows, count, size, BLOCK_D,
-    )  # fmt: skip
+    out = normalised(acc * channel_scale[None, :], total)
+    store_output(out, o, o_b, o_h, o_n, o_d, heads, head, rows, count, size, BLOCK_D)
     if lse is not None:
         store_lse(lse, q_dots, head, rows, count, count_padded, highest, total / _P_MAX)

@@ -7,17 +7,22 @@ adds in float32. No mask, no causal order, no dropout, no gradient. After SageAt
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sagewan.errors import ShapeError
+from sagewan.kernels.key_blocks import BLOCK, NO_BLOCKS, key_blocks, key_of, walk
 from sagewan.kernels.launch import Tile, block_of, check, compute_capability, launch
-from sagewan.kernels.prepare import Recipe, Rows, int8_rows, mean
+from sagewan.kernels.prepare import Recipe, int8_rows, mean
+from sagewan.kernels.prepared import Prepared, Rows
 
 LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2.0))
+_BLOCK = tl.constexpr(BLOCK)
 # Rows of Q and of K that share a scale in ``sageattn``; K's is also the largest step of keys.
 ROWS_PER_SCALE_Q = 128
 ROWS_PER_SCALE_K = 64
@@ -43,63 +48,149 @@ def sageattn(
     ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
     Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses.
     """
-    check(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_mean = mean(k)
-    keys = int8_rows(k, Recipe(block=ROWS_PER_SCALE_K), minus=k_mean)
-    recipe = Recipe(block=ROWS_PER_SCALE_Q, factor=scale * LOG2E, dot_factor=scale)
-    queries = int8_rows(q, recipe, other=k_mean if return_lse else None)
-    return _attend(q, v, queries, keys, return_lse=return_lse)
+    prepared = prepare_sageattn(q, k, v, scale=scale, with_lse=return_lse)
+    return attend(prepared, return_lse=return_lse, out=torch.empty_like(q))
 
 
 def sageattn_3(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`sageattn`, with Q smoothed too, both rotated, and a scale for each token."""
+    prepared = prepare_sageattn_3(q, k, v, scale=scale, with_lse=return_lse)
+    return attend(prepared, return_lse=return_lse, out=torch.empty_like(q))
+
+
+def prepare_sageattn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    k_mean: Tensor | None = None,
+    with_lse: bool = False,
+) -> Prepared[Rows, Tensor]:
+    """The first half of :func:`sageattn`: K smoothed, and a scale for each block of rows.
+
+    ``k_mean`` [B, Hk, D'] float32 replaces K's own mean, which :func:`prepare.mean` gives: for a
+    sequence that is spread over devices. ``with_lse`` prepares what the log-sum-exp needs.
+    """
     check(q, k, v)
-    queries, keys = fine_rows(q, k, scale, return_lse=return_lse)
-    return _attend(q, v, queries, keys, return_lse=return_lse)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k_mean = mean(k) if k_mean is None else k_mean
+    keys = int8_rows(k, Recipe(block=ROWS_PER_SCALE_K), minus=k_mean)
+    recipe = Recipe(block=ROWS_PER_SCALE_Q, factor=scale * LOG2E, dot_factor=scale)
+    queries = int8_rows(q, recipe, other=k_mean if with_lse else None)
+    return _prepared(q, queries, keys, v)
 
 
-def fine_rows(q: Tensor, k: Tensor, scale: float | None, *, return_lse: bool) -> tuple[Rows, Rows]:
+def prepare_sageattn_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    k_mean: Tensor | None = None,
+    with_lse: bool = False,
+) -> Prepared[Rows, Tensor]:
+    """The first half of :func:`sageattn_3`; arguments as :func:`prepare_sageattn`'s."""
+    check(q, k, v)
+    queries, keys = fine_rows(q, k, scale, k_mean=k_mean, with_lse=with_lse)
+    return _prepared(q, queries, keys, v)
+
+
+def _prepared(q: Tensor, queries: Rows, keys: Rows, v: Tensor) -> Prepared[Rows, Tensor]:
+    return Prepared(
+        q=queries,
+        k=keys,
+        v=v,
+        queries=q.shape[2],
+        keys=v.shape[2],
+        head_dim=q.shape[3],
+        dtype=q.dtype,
+    )
+
+
+def fine_rows(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    *,
+    k_mean: Tensor | None = None,
+    with_lse: bool = False,
+) -> tuple[Rows, Rows]:
     """Q and K smoothed, rotated, with a scale for each token. The keys' ``dots`` are their scores
     with Q's mean, in powers of two; the queries' are what the log-sum-exp lacks."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q_mean, k_mean = mean(q), mean(k)
+    q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
     for_keys = Recipe(per_token=True, rotate=True, dot_factor=scale * LOG2E, smooth_dots=True)
     keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
     recipe = Recipe(per_token=True, rotate=True, factor=scale * LOG2E, dot_factor=scale)
-    queries = int8_rows(q, recipe, minus=q_mean, other=k_mean if return_lse else None)
+    queries = int8_rows(q, recipe, minus=q_mean, other=k_mean if with_lse else None)
     return queries, keys
 
 
-def output_for(q: Tensor, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """Where a kernel writes: like q in memory, and the log-sum-exp [B, H, N] if it is wanted."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    return torch.empty_like(q), lse
+def outputs(
+    prepared: Prepared[Rows, Any], out: Tensor | None, *, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Where a kernel writes: ``out`` or a new tensor [B, H, N, D], and the log-sum-exp [B, H, N]
+    if it is wanted."""
+    rows = prepared.q.data
+    shape = (*rows.shape[:2], prepared.queries)
+    if return_lse and prepared.q.dots is None:
+        raise ShapeError("the log-sum-exp was not prepared: prepare with with_lse=True")
+    if out is None:
+        out = rows.new_empty(*shape, prepared.head_dim, dtype=prepared.dtype)
+    return out, rows.new_empty(shape, dtype=torch.float32) if return_lse else None
 
 
-def _attend(
-    q: Tensor, v: Tensor, queries: Rows, keys: Rows, *, return_lse: bool
+def lists(prepared: Prepared[Rows, Any], block_mask: Tensor | None) -> dict[str, object]:
+    """A kernel's arguments for a block mask, or for none."""
+    if block_mask is None:
+        return NO_BLOCKS
+    batch, heads = prepared.q.data.shape[:2]
+    size = {"queries": prepared.queries, "keys": prepared.keys}
+    return key_blocks(block_mask, batch=batch, heads=heads, **size).arguments()
+
+
+def strided(name: str, x: Tensor) -> dict[str, object]:
+    """A tensor [B, H, N, D] and its strides, as the kernels call them."""
+    names = (name, *(f"{name}_{axis}" for axis in "bhnd"))
+    return dict(zip(names, (x, *x.stride()), strict=True))
+
+
+def attend(
+    prepared: Prepared[Rows, Tensor],
+    *,
+    block_mask: Tensor | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    batch, heads, count, size = q.shape
-    out, lse = output_for(q, return_lse=return_lse)
-    tile = tile_for(compute_capability(q.device), block_of(size))
+    """The second half of :func:`sageattn` and :func:`sageattn_3` → [B, H, N, D].
+
+    ``block_mask`` [B or 1, H or 1, ⌈N/128⌉, ⌈M/128⌉] bool is true for blocks to attend to; a row
+    without any gets zeros. ``out`` [B, H, N, D], any strides, is written to and returned.
+    ``return_lse`` adds the log-sum-exp [B, H, N] float32, which must have been prepared.
+    """
+    q, k, v = prepared.q, prepared.k, prepared.v
+    out, lse = outputs(prepared, out, return_lse=return_lse)
+    batch, heads, count, size = out.shape
+    tile = tile_for(compute_capability(out.device), block_of(size))
     arguments = {
-        "q": queries.data,
-        "q_scale": queries.scale,
-        "q_dots": queries.dots,
-        "k": keys.data,
-        "k_scale": keys.scale,
-        "k_bias": keys.dots,
-        **dict(zip(("v", "v_b", "v_h", "v_n", "v_d"), (v, *v.stride()), strict=True)),
-        **dict(zip(("o", "o_b", "o_h", "o_n", "o_d"), (out, *out.stride()), strict=True)),
+        "q": q.data,
+        "q_scale": q.scale,
+        "q_dots": q.dots,
+        "k": k.data,
+        "k_scale": k.scale,
+        "k_bias": k.dots,
+        **strided("v", v),
+        **strided("o", out),
         "lse": lse,
+        **lists(prepared, block_mask),
         "heads": heads,
         "count": count,
-        "count_padded": queries.data.shape[2],
-        "keys": v.shape[2],
-        "keys_padded": keys.data.shape[2],
+        "count_padded": q.data.shape[2],
+        "keys": prepared.keys,
+        "keys_padded": k.data.shape[2],
         "size": size,
         "SHARED": heads // v.shape[1],
         "BLOCK_M": tile.block_m,
@@ -108,7 +199,7 @@ def _attend(
         "WHOLE_D": block_of(size) == size,
     }
     grid = (triton.cdiv(count, tile.block_m), batch * heads)
-    launch(_kernel, grid, q.device, arguments, tile)
+    launch(_kernel, grid, out.device, arguments, tile)
     return out if lse is None else (out, lse)
 
 
@@ -151,8 +242,15 @@ def load_queries(q, q_scale, head, count_padded, BLOCK_M: tl.constexpr, BLOCK_D:
 def store_lse(lse, q_dots, head, rows, count, count_padded, highest, total):
     """The log of the sum, with what smoothing K took from every score of a row."""
     removed = tl.load(q_dots + head.to(tl.int64) * count_padded + rows)
-    value = (highest + tl.log2(total)) * _LN2 + removed
+    # Minus infinity, as highest is, where a row attended to nothing.
+    value = (highest + tl.log2(tl.where(total > 0, total, 1.0))) * _LN2 + removed
     tl.store(lse + head.to(tl.int64) * count + rows, value, mask=rows < count)
+
+
+@triton.jit
+def normalised(acc, total):
+    """Rows that attended to nothing are zero."""
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit
@@ -198,6 +296,7 @@ def _kernel(
     v, v_b, v_h, v_n, v_d,  # [B, Hk, M, D]
     o, o_b, o_h, o_n, o_d,  # [B, H, N, D]
     lse,  # [B·H, N] or None
+    blocks, block_counts, block_tails, block_b, block_h,  # key_blocks.KeyBlocks, or None
     heads, count, count_padded, keys, keys_padded, size,
     SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr,
@@ -213,19 +312,22 @@ def _kernel(
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    whole = keys // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
+    row_block = tl.program_id(0) * BLOCK_M // _BLOCK
+    place, whole, tail, end = walk(
+        block_counts, block_tails, block_b, block_h, heads, head, row_block, keys, BLOCK_N
+    )
+    for position in range(0, whole, BLOCK_N):
+        start = key_of(blocks, place, position)
         acc, total, highest = _step(
             acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, v_n, v_d, start, keys,
             size, False, WHOLE_D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    if whole < keys:
+    for start in range(tail, end, BLOCK_N):
         acc, total, highest = _step(
-            acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, v_n, v_d, whole, keys,
+            acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, v_n, v_d, start, keys,
             size, True, WHOLE_D, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    store_output(
-        acc / total[:, None], o, o_b, o_h, o_n, o_d, heads, head, rows, count, size, BLOCK_D
-    )
+    out = normalised(acc, total)
+    store_output(out, o, o_b, o_h, o_n, o_d, heads, head, rows, count, size, BLOCK_D)
     if lse is not None:
         store_lse(lse, q_dots, head, rows, count, count_padded, highest, total)

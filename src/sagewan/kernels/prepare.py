@@ -18,40 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sagewan.kernels.launch import Schedule, block_of, launch
+from sagewan.kernels.prepared import PADDING, Columns, Rows
 
-# Prepared rows are padded with zeros to a multiple of this, so that kernels load whole blocks.
-PADDING = 128
 _CHUNKS = 32
 _ROWS = 64
 _MAX_ROTATION = 128
 _SCHEDULE = Schedule(warps=8)
 # 1.5·2²³: a float32 this large has no fraction, so adding it rounds to the nearest even integer.
 _ROUND = tl.constexpr(12582912.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Q or K as INT8: row n is ``data[n] · scale[n]``.
-
-    data [B, H, N', D'] int8 and scale [B, H, N'] float32, with N' and D' padded by zeros;
-    ``dots`` [B, Hd, N'] float32, what each row gives with the other tensor's mean, if wanted.
-    """
-
-    data: Tensor
-    scale: Tensor
-    dots: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """V as FP8, transposed: channel d of V is ``data[d] · scale[d]``.
-
-    data [B, Hk, D', M'] float8_e4m3fn with its keys in the order of :func:`e4m3_columns`, padded
-    by zeros; scale [B, Hk, D'] float32.
-    """
-
-    data: Tensor
-    scale: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +44,17 @@ class Recipe:
 
 def mean(x: Tensor) -> Tensor:
     """[B, H, N, D] → its mean over N, [B, H, D'] float32, padded by zeros."""
-    return _reduce(x, largest=False).sum(2).div_(x.shape[2])
+    total, count = sum_and_count(x)
+    return total.div_(count)
+
+
+def sum_and_count(x: Tensor) -> tuple[Tensor, int]:
+    """[B, H, N, D] → its sum over N, [B, H, D'] float32, padded by zeros, and N.
+
+    Where several devices hold parts of K, the sums and the counts of all, added up, give the mean
+    that each must subtract; it is passed on as ``k_mean``.
+    """
+    return _reduce(x, largest=False).sum(2), x.shape[2]
 
 
 def largest(x: Tensor) -> Tensor:

@@ -242,6 +242,6 @@ def test_out_of_memory_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(AutoencoderKLWan, "from_pretrained", full)
+    monkeypatch.setattr(AutoencoderKLWan, "from_config", full)
     with pytest.raises(RuntimeError, match="allocate memory"), components(copied).vae.on("cpu"):
         pass

@@ -1,19 +1,19 @@
-"""The files of one component: JSON configs and safetensors weights, checked without torch.
-
-A safetensors file begins with the length of its header (8 bytes, little endian) and the header,
-JSON that gives each tensor's place; so a download that stopped early is told from its size.
-"""
+"""The files of one part: its JSON config, and the files of its weights, checked without torch."""
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sagewan.checkpoint.tensors import TensorFile, open_file
 from sagewan.errors import CheckpointError
 
-# The format's own limit on its header, in bytes.
-_MAX_HEADER = 100_000_000
-_LFS_POINTER = b"version https://git-lfs"
+_INDEX = ".safetensors.index.json"
+# Where a folder holds the same weights in several ways, the one that diffusers reads.
+_STEMS = ("diffusion_pytorch_model", "model")
+_BLOCK = re.compile(r"block_(\d+)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,52 +31,57 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_weights(folder: Path, stem: str) -> int:
-    """Bytes of the weights of a component, ``stem.safetensors`` or the shards its index names.
+def tensor_files(path: Path) -> list[TensorFile]:
+    """The open files of a part: the one that ``path`` is, or those of a folder, which are the
+    shards that its index names, or else all of its weights together.
 
     Raises CheckpointError if a file is missing, cut short, or lacks a tensor of the index.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
-    if not index.exists():
-        if not single.exists():
-            raise CheckpointError(_no_weights(folder, stem))
-        return _data_bytes(header(single), single)
+    if not path.is_dir():
+        return [open_file(path)]
+    indexes = sorted(path.glob(f"*{_INDEX}"))
+    indexes = [index for stem in _STEMS if (index := path / (stem + _INDEX)).exists()] or indexes
+    if len(indexes) > 1:
+        raise CheckpointError(
+            f"{path} holds {indexes[0].name} and {indexes[1].name}, two models: keep each in a "
+            "folder of its own"
+        )
+    if indexes:
+        return _shards(indexes[0])
+    found = [file for stem in _STEMS if (file := path / f"{stem}.safetensors").exists()]
+    found = found[:1] or sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
+    if not found:
+        raise CheckpointError(_no_weights(path))
+    return [_open_block(file) for file in found]
+
+
+def _shards(index: Path) -> list[TensorFile]:
     shards: dict[str, set[str]] = {}
     for tensor, file in _weight_map(index).items():
         shards.setdefault(file, set()).add(tensor)
-    return sum(_check_shard(folder / file, names, index) for file, names in sorted(shards.items()))
+    return [_shard(index.parent / file, names, index) for file, names in sorted(shards.items())]
 
 
-def header(path: Path) -> Mapping[str, Any]:
-    """The header of a safetensors file: tensor name → dtype, shape and place.
-
-    Raises CheckpointError if the file is missing, is something else, or ends early.
-    """
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            text = b"" if length > _MAX_HEADER else file.read(length)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: fetch this file again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror})") from None
-    if _LFS_POINTER.startswith(start) and start:
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a safetensors file, or is cut short: fetch it again")
-    expected = 8 + length + _data_bytes(found, path)
-    actual = path.stat().st_size
-    if actual != expected:
+def _shard(path: Path, names: set[str], index: Path) -> TensorFile:
+    file = open_file(path)
+    lacking = sorted(names - file.tensors.keys())
+    if lacking:
         raise CheckpointError(
-            f"{path} has {actual} of {expected} bytes: its download is not complete; fetch it again"
+            f"{path} lacks {lacking[0]}, which {index.name} places in it: fetch both again"
         )
-    return found
+    return file
+
+
+def _open_block(path: Path) -> TensorFile:
+    """A file of a folder; one that holds a single block, as LightX2V writes them, may leave the
+    block's number to its name."""
+    file = open_file(path)
+    block = _BLOCK.fullmatch(path.stem)
+    prefix = f"blocks.{block[1]}." if block else ""
+    if block and not any(name.startswith("blocks.") for name in file.tensors):
+        named = {prefix + name: stored for name, stored in file.tensors.items()}
+        file.tensors = {name: replace(stored, name=name) for name, stored in named.items()}
+    return file
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
@@ -88,33 +93,8 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return found
 
 
-def _check_shard(path: Path, names: set[str], index: Path) -> int:
-    found = header(path)
-    lacking = sorted(names - found.keys())
-    if lacking:
-        raise CheckpointError(
-            f"{path} lacks {lacking[0]}, which {index.name} places in it: fetch both again"
-        )
-    return _data_bytes(found, path)
-
-
-def _data_bytes(found: Mapping[str, Any], path: Path) -> int:
-    """The end of the last tensor, counted from the end of the header."""
-    try:
-        return max(
-            (int(place["data_offsets"][1]) for name, place in found.items() if name[:2] != "__"),
-            default=0,
-        )
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise CheckpointError(f"{path} has a broken header: fetch it again") from None
-
-
-def _no_weights(folder: Path, stem: str) -> str:
-    others = sorted(
-        file.name
-        for pattern in ("*.bin", "*.pth", "*.safetensors")
-        for file in folder.glob(pattern)
-    )
+def _no_weights(folder: Path) -> str:
+    others = sorted(file.name for pattern in ("*.bin", "*.pth") for file in folder.glob(pattern))
     if others:
-        return f"{folder} holds {others[0]} and no {stem}.safetensors, the file that is read"
-    return f"{folder} holds no weights ({stem}.safetensors): fetch the model again"
+        return f"{folder} holds {others[0]} and no safetensors, the files that are read"
+    return f"{folder} holds no weights: fetch the model again"

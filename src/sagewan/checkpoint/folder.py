@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sagewan.checkpoint.architecture import Architecture
-from sagewan.checkpoint.files import check_weights, read_json
+from sagewan.checkpoint.files import read_json, tensor_files
 from sagewan.errors import CheckpointError
 from sagewan.plan.models import (
     FIRST_LAST_FRAME,
@@ -24,8 +24,6 @@ from sagewan.plan.models import (
 from sagewan.plan.request import SCHEDULERS
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-TRANSFORMERS_STEM = "model"
 
 _SCHEDULERS = {
     "UniPCMultistepScheduler": "unipc",
@@ -90,8 +88,8 @@ def read_model(path: Path, name: str | None = None) -> Model:
     config = folder.checked_config("transformer", "WanTransformer3DModel")
     architecture = Architecture.of(config, path / "transformer" / "config.json")
     model = _with_sampling(_described(folder, architecture, name or path.name), folder)
-    for component, stem in _weights(folder, model):
-        check_weights(path / component, stem)
+    for component in _weights(folder, model):
+        tensor_files(path / component)
     return model
 
 
@@ -195,17 +193,17 @@ def _check_second_expert(folder: Folder, first: Architecture) -> None:
         )
 
 
-def _weights(folder: Folder, model: Model) -> Iterator[tuple[str, str]]:
-    """The components with weights, and the stem of their files."""
-    yield "transformer", DIFFUSERS_STEM
+def _weights(folder: Folder, model: Model) -> Iterator[str]:
+    """The components with weights."""
+    yield "transformer"
     if model.experts == 2:
-        yield "transformer_2", DIFFUSERS_STEM
-    yield "vae", DIFFUSERS_STEM
-    yield "text_encoder", TRANSFORMERS_STEM
+        yield "transformer_2"
+    yield "vae"
+    yield "text_encoder"
     if model.image_encoder:
         folder.config("image_encoder")
         read_json(folder.path / "image_processor" / "preprocessor_config.json")
-        yield "image_encoder", TRANSFORMERS_STEM
+        yield "image_encoder"
 
 
 def _with_sampling(model: Model, folder: Folder) -> Model:

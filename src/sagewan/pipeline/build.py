@@ -1,23 +1,25 @@
 """Plan → components: the models of a folder, each loaded when it is its turn and freed after.
 
-diffusers' and transformers' classes are used as they are, and load themselves from safetensors;
-the hub is never asked. The transformer has the plan's dtype, but for the modules that diffusers
-keeps in float32; the VAE and the CLIP image encoder are float32, as diffusers' examples advise.
+diffusers' and transformers' classes are used as they are, and filled from the files; the hub is
+never asked. The transformer has the plan's dtype, but for the modules that diffusers keeps in
+float32; the VAE and the CLIP image encoder are float32, as diffusers' examples advise.
 """
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sagewan.attention.launch import Launcher, is_out_of_memory
-from sagewan.attention.resolve import one_line
+from sagewan.attention.launch import Launcher
+from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
+from sagewan.checkpoint.source import open_source
 from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
+from sagewan.pipeline.fill import check_statistics, damage_told, empty, fill, kept_in_float32
 from sagewan.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -101,7 +103,10 @@ def _expert(location: Path, name: str, dtype: torch.dtype, attention: Attention)
     def load() -> Any:
         from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-        transformer = _loaded(WanTransformer3DModel, location / name, dtype)
+        source = open_source(location / name, TRANSFORMER)
+        with damage_told(source.path):
+            transformer = empty(lambda: WanTransformer3DModel.from_config(source.config))
+        fill(transformer, source, dtype, kept_in_float32(WanTransformer3DModel))
         attention.install(transformer)
         return transformer
 
@@ -111,28 +116,38 @@ def _expert(location: Path, name: str, dtype: torch.dtype, attention: Attention)
 def _vae(location: Path) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    return _loaded(AutoencoderKLWan, location / "vae", torch.float32)
+    source = open_source(location / "vae", VAE)
+    with damage_told(source.path):
+        vae = empty(lambda: AutoencoderKLWan.from_config(source.config))
+        check_statistics(vae.config, source.path)
+    return fill(vae, source, torch.float32)
 
 
 def _text_encoder(location: Path, dtype: torch.dtype) -> Any:
-    from transformers import UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
 
+    source = open_source(location / "text_encoder", TEXT_ENCODER)
+    with damage_told(source.path):
+        encoder = empty(lambda: UMT5EncoderModel(UMT5Config.from_dict(dict(source.config or {}))))
     # UMT5 was trained in bfloat16 and leaves float16's range, also on cards that compute in it.
-    half = dtype == torch.float16
-    return _loaded(UMT5EncoderModel, location / "text_encoder", torch.bfloat16 if half else dtype)
+    return fill(encoder, source, torch.bfloat16 if dtype == torch.float16 else dtype)
 
 
 def _image_encoder(location: Path) -> Any:
-    from transformers import CLIPVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    return _loaded(CLIPVisionModel, location / "image_encoder", torch.float32)
+    source = open_source(location / "image_encoder", IMAGE_ENCODER)
+    with damage_told(source.path):
+        config = CLIPVisionConfig.from_dict(dict(source.config or {}))
+        encoder = empty(lambda: CLIPVisionModel(config))
+    return fill(encoder, source, torch.float32)
 
 
 def _tokenizer(location: Path) -> Any:
     from transformers import AutoTokenizer
 
     folder = location / "tokenizer"
-    with _damage_told(folder):
+    with damage_told(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.pad_token is None:
         raise CheckpointError(f"{folder} names no padding token: fetch its files again")
@@ -146,61 +161,5 @@ def _image_processor(location: Path) -> Any:
     pillow = hasattr(transformers, "CLIPImageProcessorPil")
     processor = getattr(transformers, "CLIPImageProcessorPil" if pillow else "CLIPImageProcessor")
     folder = location / "image_processor"
-    with _damage_told(folder):
+    with damage_told(folder):
         return processor.from_pretrained(folder, local_files_only=True)
-
-
-def _loaded(model: Any, folder: Path, dtype: torch.dtype) -> Any:
-    with _damage_told(folder), _quietly():
-        module, found = model.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that they are told as the missing ones are
-            output_loading_info=True,
-        )
-    return _whole(module, found, folder)
-
-
-@contextmanager
-def _damage_told(folder: Path) -> Iterator[None]:
-    """Whatever a library makes of damaged files and of values of a wrong type, in one sentence."""
-    try:
-        yield
-    # KeyError, TypeError, AttributeError, and from tokenizers' own code a plain Exception.
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{folder} can't be read ({one_line(error)}): fetch it again"
-        ) from error
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Neither library draws its own progress bars into ours, nor tells what we refuse."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    with ExitStack() as stack:
-        for library in (of_diffusers, of_transformers):
-            stack.callback(library.set_verbosity, library.get_verbosity())
-            library.set_verbosity_error()
-            if library.is_progress_bar_enabled():
-                stack.callback(library.enable_progress_bar)
-                library.disable_progress_bar()
-        yield
-
-
-def _whole(module: Any, found: dict[str, Any], folder: Path) -> Any:
-    """Refuse what the libraries only log: a weight left at random is a video of noise."""
-    if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of its weights, such as {missing[0]}: fetch it again"
-        )
-    if mismatched := sorted(found["mismatched_keys"]):
-        raise CheckpointError(
-            f"{folder}: {mismatched[0][0]} has another shape than config.json says: fetch it again"
-        )
-    return module

@@ -1,0 +1,172 @@
+"""Files of tensors: what each holds and where, and its bytes mapped into memory when asked for.
+
+A file is known by its first bytes, never by its name: safetensors, GGUF, or a PyTorch archive.
+Only :meth:`TensorFile.tensor` and PyTorch archives need torch; listing the others does not.
+"""
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sagewan.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+# Bytes of one element, by torch's names.
+ITEM_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor as its file has it. ``dtype`` is torch's name, or GGUF's such as ``gguf:Q8_0``,
+    whose ``shape`` is that of the numbers it packs; ``offset`` counts bytes of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    offset: int
+    file: "TensorFile" = field(repr=False, compare=False)
+
+    def head(self, count: int | None = None) -> bytes:
+        """Its first ``count`` bytes, or all."""
+        return self.file.head(self, self.nbytes if count is None else min(count, self.nbytes))
+
+    def tensor(self) -> "torch.Tensor":
+        """The tensor on the CPU, still in the file's pages where it can be; a packed GGUF tensor
+        comes as uint8 [rows, bytes of a row]."""
+        return self.file.tensor(self)
+
+
+@dataclass(eq=False)
+class TensorFile:
+    """An open file of tensors, ``tensors`` by name. ``metadata`` is what its header says beside
+    them. :func:`open_file` makes it; it is not to be changed while it is in use."""
+
+    path: Path
+    container: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Stored] = field(default_factory=dict)
+
+    def head(self, stored: Stored, count: int) -> bytes:
+        return self._map[stored.offset : stored.offset + count]
+
+    def tensor(self, stored: Stored) -> "torch.Tensor":
+        import torch
+
+        packed = stored.dtype.startswith("gguf:")
+        dtype = torch.uint8 if packed else getattr(torch, stored.dtype)
+        shape = (*stored.shape[:-1], -1) if packed else stored.shape
+        data = torch.empty(0, dtype=torch.uint8)
+        data.set_(self._storage, stored.offset, (stored.nbytes,), (1,))
+        if stored.offset % dtype.itemsize:
+            data = data.clone()  # torch views no numbers that begin at an odd address
+        viewed: torch.Tensor = data.view(dtype).view(shape)
+        return viewed
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @cached_property
+    def _storage(self) -> Any:
+        import torch
+
+        size = self.path.stat().st_size
+        # Private pages: nothing that is done to a tensor reaches the file.
+        return torch.UntypedStorage.from_file(str(self.path), False, size)
+
+
+def open_file(path: Path) -> TensorFile:
+    """The tensors of a file; CheckpointError, one sentence, for whatever else it is."""
+    start = _start(path)
+    if start.startswith(b"GGUF"):
+        from sagewan.checkpoint.gguf_header import read_gguf
+
+        return read_gguf(path)
+    if start.startswith(b"PK\x03\x04"):
+        from sagewan.checkpoint.archive import open_archive
+
+        return open_archive(path)
+    from sagewan.checkpoint.safetensors_header import read_safetensors
+
+    _refuse_other_files(start, path)
+    return read_safetensors(path)
+
+
+def all_tensors(files: Iterator[TensorFile] | list[TensorFile]) -> dict[str, Stored]:
+    """The tensors of several files together; CheckpointError if two hold the same one."""
+    found: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in file.tensors.items():
+            if name in found:
+                raise CheckpointError(
+                    f"{name} is both in {found[name].file.path} and in {file.path}: "
+                    "keep the files of one model in a folder of their own"
+                )
+            found[name] = stored
+    return found
+
+
+def check_places(file: TensorFile, begin: int, what: str = "its download is not complete") -> None:
+    """CheckpointError unless the tensors lie in the file from ``begin`` on, none over another."""
+    size = file.path.stat().st_size
+    end, last = begin, ""
+    for stored in sorted(file.tensors.values(), key=lambda stored: stored.offset):
+        if stored.nbytes and stored.offset < end:
+            raise CheckpointError(
+                f"{file.path}: {stored.name} overlaps "
+                f"{last or 'the header'}, so the file is damaged: fetch it again"
+            )
+        if stored.nbytes:
+            end, last = stored.offset + stored.nbytes, stored.name
+    if end > size:
+        raise CheckpointError(f"{file.path} has {size} of {end} bytes: {what}; fetch it again")
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: fetch this file again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror})") from None
+
+
+def _refuse_other_files(start: bytes, path: Path) -> None:
+    """Name what people find in place of weights."""
+    text = start.lstrip().lower()
+    if not start:
+        raise CheckpointError(f"{path} is empty: it is not a safetensors file; fetch it again")
+    if b"version https://git-lfs".startswith(start[:23]):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(
+            f"{path} is a web page, not the weights: the site answered with an error or asked for "
+            "a login; fetch the file itself"
+        )
+    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
+        raise CheckpointError(
+            f"{path} is a bare pickle, which could run any code when opened: fetch the "
+            "safetensors file of this model"
+        )

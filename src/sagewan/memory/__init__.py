@@ -1,0 +1,1 @@
+"""Where weights are: on the card, in pinned host memory, or on their way between the two."""

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from sagewan.attention.launch import Launcher
 from sagewan.checkpoint.find import find_model
 from sagewan.errors import CheckpointError
-from sagewan.pipeline.build import Components, Part, build
+from sagewan.pipeline.build import Components, build
+from sagewan.pipeline.session import Part
 from sagewan.plan.models import PUBLISHED
 from tests.pipeline.runs import plan_for
 

@@ -5,6 +5,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from sagewan.errors import Cancelled, SagewanError, StateError
 from sagewan.jobs.states import State
@@ -14,14 +15,20 @@ from sagewan.pipeline.run import Prepared, Result, execute
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import plan_to_json
 
+if TYPE_CHECKING:
+    from sagewan.pipeline.session import Session
+
 logger = logging.getLogger(__name__)
 
 # Steps come faster than anyone reads them; stages are always noted.
 _NOTE_INTERVAL = 1.0
 
 
-def run_job(store: Store, prepared: Prepared, watch: Watch) -> Result:
-    """Record and execute a run; how it ends is in the record, and raised as well.
+def run_job(
+    store: Store, prepared: Prepared, watch: Watch, *, session: "Session | None" = None
+) -> Result:
+    """Record and execute a run, with the models of a session if there is one; how it ends is in
+    the record, and raised as well.
 
     The record never stops the run, unless someone cancelled it there: if the database fails under
     way, a warning is logged and the video is made.
@@ -30,7 +37,7 @@ def run_job(store: Store, prepared: Prepared, watch: Watch) -> Result:
     watch.listen(record.note)
     watch.stop_when(record.cancel_asked)
     try:
-        result = execute(prepared, watch)
+        result = execute(prepared, watch, session=session)
     except (Cancelled, KeyboardInterrupt):
         record.finish(State.CANCELLED)
         raise

@@ -88,6 +88,13 @@ class Placement:
             point(self._residents, self._host)
             self._host = None
 
+    def detach(self) -> None:
+        """Leave the module whole in ordinary host memory, for another placement."""
+        self.leave()
+        if self._swap:
+            self._swap.detach()
+            self._swap = None
+
     def close(self) -> None:
         """Give all memory back: the device's, the pinned, and the module's own."""
         self.leave()

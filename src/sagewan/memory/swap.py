@@ -117,13 +117,21 @@ class BlockSwap:
             point(waiting.tensors, waiting.host)
         self._slots.clear()
 
+    def detach(self) -> None:
+        """Leave the blocks in ordinary host memory, as if they had never been swapped."""
+        self.stop()
+        for waiting in self._waiting:
+            if waiting.pinned is not None:
+                waiting.host = [data.clone() for data in waiting.host]
+                point(waiting.tensors, waiting.host)
+        self.close()
+
     def close(self) -> None:
-        """Give the pinned memory back as well; the module is of no use afterwards."""
+        """Give the pinned memory back as well; what was pinned in it is lost."""
         self.stop()
         for waiting in self._waiting:
             if waiting.pinned is not None:
                 self._pinned.free(waiting.pinned)
-                waiting.pinned = None
         for stage in self._stages:
             self._pinned.free(stage)
         self._stages.clear()

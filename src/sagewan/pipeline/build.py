@@ -5,10 +5,9 @@ never asked. The transformer has the plan's dtype, but for the modules that diff
 float32; the VAE and the CLIP image encoder are float32, as diffusers' examples advise.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +19,8 @@ from sagewan.checkpoint.source import open_source
 from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
 from sagewan.pipeline.fill import check_statistics, damage_told, empty, fill, kept_in_float32
+from sagewan.pipeline.session import Part, Session
 from sagewan.plan.plan import Plan
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Part:
-    """One model of a run. Weights that keep their dtype stay in the file's pages, so loading
-    again costs little, and a part that waits for its turn costs no memory of its own.
-
-    ``weight_bytes`` is what its weights take in memory, 0 until it is first loaded.
-    """
-
-    name: str
-    load: Callable[[], Any]
-    weight_bytes: int = 0
-
-    @contextmanager
-    def on(self, device: str) -> Iterator[Any]:
-        """The module in evaluation mode on ``device``, freed at the end of the block.
-
-        Raises CheckpointError if a weight is missing or has another shape than the config says.
-        """
-        logger.info("loading %s", self.name)
-        module = self.load().eval().requires_grad_(False).to(device)
-        self.weight_bytes = sum(weight.nbytes for weight in module.parameters())
-        try:
-            yield module
-        finally:
-            # Dropping the name is not enough: whoever still holds the module, if only the
-            # traceback of an error, would hold its memory.
-            module.to("meta")
-            if device != "cpu":
-                torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,43 +41,68 @@ class Components:
         return sum(part.weight_bytes for part in self.transformers)
 
 
-def build(plan: Plan, launcher: Launcher) -> Components:
+def build(plan: Plan, launcher: Launcher, session: Session | None = None) -> Components:
     """Components of the plan's model, whose self-attention runs through ``launcher``.
 
-    Loads the tokenizer; the models follow when they are used.
+    Loads the tokenizer; the models follow when they are used, unless the session has them from the
+    run before. What else it has is freed.
     """
     location = plan.model.location
     if location is None:
         raise CheckpointError(f"model={plan.model.name}: only its name is known, not its files")
-    attention = Attention(launcher)
     dtype: torch.dtype = getattr(torch, plan.dtype)
     names = ("transformer", "transformer_2")[: plan.model.experts]
     with_picture = plan.model.image_encoder
-    return Components(
+    shelf = _Shelf(session or Session(keeps=False), location, plan.dtype)
+    components = Components(
         tokenizer=_tokenizer(location),
-        text_encoder=Part("text_encoder", lambda: _text_encoder(location, dtype)),
-        vae=Part("vae", lambda: _vae(location)),
-        transformers=tuple(_expert(location, name, dtype, attention) for name in names),
-        image_encoder=Part("image_encoder", lambda: _image_encoder(location))
+        text_encoder=shelf.part(
+            "text_encoder", lambda: _text_encoder(location, dtype), lambda m: m.encoder.block
+        ),
+        vae=shelf.part("vae", lambda: _vae(location)),
+        transformers=tuple(
+            shelf.part(name, partial(_expert, location, name, dtype), lambda m: m.blocks)
+            for name in names
+        ),
+        image_encoder=shelf.part("image_encoder", lambda: _image_encoder(location))
         if with_picture
         else None,
         image_processor=_image_processor(location) if with_picture else None,
-        attention=attention,
+        attention=Attention(launcher),
     )
+    shelf.close()
+    return components
 
 
-def _expert(location: Path, name: str, dtype: torch.dtype, attention: Attention) -> Part:
-    def load() -> Any:
-        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+@dataclass
+class _Shelf:
+    """The parts of one model that a session keeps, each under all that its weights depend on."""
 
-        source = open_source(location / name, TRANSFORMER)
-        with damage_told(source.path):
-            transformer = empty(lambda: WanTransformer3DModel.from_config(source.config))
-        fill(transformer, source, dtype, kept_in_float32(WanTransformer3DModel))
-        attention.install(transformer)
-        return transformer
+    session: Session
+    location: Path
+    dtype: str
+    _keys: list[tuple[Path, str, str]] = field(default_factory=list)
 
-    return Part(name, load)
+    def part(
+        self, name: str, load: Callable[[], Any], blocks: Callable[[Any], Any] | None = None
+    ) -> Part:
+        key = (self.location, name, self.dtype)
+        self._keys.append(key)
+        part = Part(name, load, blocks) if blocks else Part(name, load)
+        return self.session.part(key, part)
+
+    def close(self) -> None:
+        """Free whatever else the session has."""
+        self.session.only(self._keys)
+
+
+def _expert(location: Path, name: str, dtype: torch.dtype) -> Any:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    source = open_source(location / name, TRANSFORMER)
+    with damage_told(source.path):
+        transformer = empty(lambda: WanTransformer3DModel.from_config(source.config))
+    return fill(transformer, source, dtype, kept_in_float32(WanTransformer3DModel))
 
 
 def _vae(location: Path) -> Any:

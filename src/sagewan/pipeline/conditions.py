@@ -4,7 +4,7 @@ The numbers are those of diffusers' WanPipeline and WanImageToVideoPipeline (0.4
 """
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,15 @@ def encode(components: Components, plan: Plan, pictures: "Mapping[str, Image]") 
     with components.vae.on(device) as vae:
         latents = encode_frames(ordered, plan, vae)
     return Conditions(prompt=prompt, negative=negative, picture=picture, latents=latents)
+
+
+def conditions_key(plan: Plan) -> Hashable:
+    """All that the conditions depend on."""
+    paths = (plan.request.image, plan.request.last_image)
+    pictures = tuple((path.absolute(), path.stat().st_mtime_ns) for path in paths if path)
+    negative = plan.negative if guided(plan.steps) else None
+    model = (plan.model.location, plan.dtype, plan.device.torch_name)
+    return (*model, plan.request.prompt, negative, pictures, plan.grid_size, plan.frames)
 
 
 def guided(steps: Steps) -> bool:

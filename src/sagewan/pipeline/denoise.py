@@ -133,7 +133,9 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
                 held.clear()
                 stack.close()
                 part = components.transformers[index]
-                held[index] = stack.enter_context(part.on(plan.device.torch_name))
+                transformer = stack.enter_context(part.on(plan.device.torch_name))
+                components.attention.install(transformer)
+                held[index] = transformer
             return held[index]
 
         yield expert

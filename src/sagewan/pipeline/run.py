@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from sagewan.attention.launch import Launcher
     from sagewan.pipeline.build import Components
+    from sagewan.pipeline.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,9 @@ def generate(request: Request, *, watch: Watch | None = None) -> Result:
     return execute(prepare(request, watch), watch)
 
 
-def prepare(request: Request, watch: Watch) -> Prepared:
-    """Refuse what is wrong and decide the rest; a seed is drawn if none is given."""
+def prepare(request: Request, watch: Watch, *, session: "Session | None" = None) -> Prepared:
+    """Refuse what is wrong and decide the rest; a seed is drawn if none is given. What a session
+    holds of the machine's memory counts as free: it will be used, or given back."""
     from sagewan.checkpoint.find import find_model
     from sagewan.pipeline.pictures import load_picture
     from sagewan.pipeline.probe import probe
@@ -87,7 +89,7 @@ def prepare(request: Request, watch: Watch) -> Prepared:
         request = replace(request, seed=secrets.randbelow(_SEEDS))
     check_outputs(request)
     model = find_model(request.model)
-    hardware = probe()
+    hardware = session.without_own(probe()) if session else probe()
     # What is wrong with the request shows in a draft, before the self-tests take their time.
     draft = make_plan(request, model, hardware, Evidence())
     check_space(request.output, draft.size, draft.frames)
@@ -101,13 +103,15 @@ def prepare(request: Request, watch: Watch) -> Prepared:
     return Prepared(decision=decision, pictures=pictures)
 
 
-def execute(prepared: Prepared, watch: Watch) -> Result:
-    """Load, encode, denoise, decode and write. Raises as :func:`generate`."""
+def execute(prepared: Prepared, watch: Watch, *, session: "Session | None" = None) -> Result:
+    """Load, encode, denoise, decode and write, with the models of a session if there is one.
+    Raises as :func:`generate`."""
     from sagewan.attention.launch import is_out_of_memory
     from sagewan.attention.resolve import one_line
+    from sagewan.pipeline.session import Session
 
     try:
-        return _execute(prepared, watch)
+        return _execute(prepared, watch, session or Session(keeps=False))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -117,10 +121,10 @@ def execute(prepared: Prepared, watch: Watch) -> Result:
         ) from error
 
 
-def _execute(prepared: Prepared, watch: Watch) -> Result:
+def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     from sagewan.attention.launch import Launcher
     from sagewan.pipeline.build import build
-    from sagewan.pipeline.conditions import encode
+    from sagewan.pipeline.conditions import conditions_key, encode
     from sagewan.pipeline.recover import LatentsRejectedError, Recovery
 
     plan = prepared.plan
@@ -129,9 +133,11 @@ def _execute(prepared: Prepared, watch: Watch) -> Result:
     start_measuring(plan.device)
     watch.stage("load")
     _quiet_libraries()
-    components = build(plan, launcher)
+    components = build(plan, launcher, session)
     watch.stage("encode")
-    conditions = encode(components, plan, prepared.pictures)
+    conditions = session.conditions(
+        conditions_key(plan), lambda: encode(components, plan, prepared.pictures)
+    )
     recovery = Recovery(prepared.decision, components, conditions, watch)
     wrong: str | None = None
     try:

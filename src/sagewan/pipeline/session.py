@@ -1,0 +1,201 @@
+"""The models of one process, kept between its runs, so that a second video starts at once."""
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sagewan.memory.placement import Place, Placement
+from sagewan.pipeline.progress import Watch
+from sagewan.plan.hardware import Hardware
+
+if TYPE_CHECKING:
+    from sagewan.pipeline.conditions import Conditions
+    from sagewan.pipeline.run import Prepared, Result
+    from sagewan.plan.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+def _no_blocks(_: Any) -> Sequence[Any]:
+    return ()
+
+
+@dataclass
+class Part:
+    """One model of a run, loaded when it is its turn.
+
+    ``load`` gives the module on the host, ``blocks`` what of it can be swapped. A part that is not
+    kept is freed after its turn; one that is kept leaves the device, or stays there, as the
+    caller says. Weights that keep their dtype stay in the file's pages, so loading again costs
+    little. ``weight_bytes`` is what its weights take in memory, 0 until it is first loaded.
+    """
+
+    name: str
+    load: Callable[[], Any]
+    blocks: Callable[[Any], Sequence[Any]] = _no_blocks
+    kept: bool = False
+    weight_bytes: int = 0
+    _module: Any = field(default=None, init=False, repr=False)
+    _placement: Placement | None = field(default=None, init=False, repr=False)
+
+    @contextmanager
+    def on(self, where: Place | str, *, stays: bool = False) -> Iterator[Any]:
+        """The module in evaluation mode on a device, all of it if only the device is named.
+
+        At the end of the block it is freed or, if it is kept, leaves the device but for ``stays``.
+        Raises CheckpointError if a weight is missing or has another shape than the config says.
+        """
+        place = Place(device=where) if isinstance(where, str) else where
+        try:
+            yield self._enter(place)
+            if not (self.kept and stays):
+                self.leave()
+        except BaseException:
+            # Most often memory ran out: whoever goes on needs all there is.
+            self.leave()
+            raise
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where its weights are, while it is loaded."""
+        return self._placement
+
+    def leave(self) -> None:
+        """Leave the device; freed, if it is not kept."""
+        if not self.kept:
+            self.close()
+        elif self._placement:
+            self._placement.leave()
+            _give_back(self._placement.place.device)
+
+    def close(self) -> None:
+        """Free it. It can be loaded again."""
+        placement, module = self._placement, self._module
+        self._placement = self._module = None
+        if placement:
+            placement.close()
+            _give_back(placement.place.device)
+        elif module is not None:
+            module.to("meta")
+
+    def _enter(self, place: Place) -> Any:
+        place = replace(place, keeps_host=self.kept)
+        if self._placement and self._placement.place != place:
+            self._placement.detach()
+            self._placement = None
+        if self._module is None:
+            logger.info("loading %s", self.name)
+            self._module = self.load().eval().requires_grad_(False)
+            self.weight_bytes = sum(x.nbytes for x in self._module.state_dict().values())
+        if self._placement is None:
+            self._placement = Placement(self._module, self.blocks(self._module), place)
+        self._placement.enter()
+        return self._module
+
+
+def _give_back(device: str) -> None:
+    """What torch keeps of a GPU's memory for later is of more use to the next model."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+class Session:
+    """Runs requests one after the other, and keeps what they share.
+
+    The models stay loaded while the next request has the same; what it changes is loaded anew, and
+    what it does not need is freed. The encoded text and pictures are kept too. With
+    ``keeps=False``, for a single run, each model is freed after its turn. Use it on one thread.
+
+    >>> with Session() as session:  # doctest: +SKIP
+    ...     for seed in range(4):
+    ...         session.generate(Request(prompt="a red ball", seed=seed, output=...))
+    """
+
+    def __init__(self, *, keeps: bool = True) -> None:
+        self.keeps = keeps
+        self._parts: dict[Hashable, Part] = {}
+        self._conditions: tuple[Hashable, Conditions] | None = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def generate(self, request: "Request", *, watch: Watch | None = None) -> "Result":
+        """As :func:`sagewan.generate`."""
+        watch = watch or Watch()
+        return self.execute(self.prepare(request, watch), watch)
+
+    def prepare(self, request: "Request", watch: Watch) -> "Prepared":
+        """As :func:`sagewan.pipeline.run.prepare`."""
+        from sagewan.pipeline.run import prepare
+
+        return prepare(request, watch, session=self)
+
+    def execute(self, prepared: "Prepared", watch: Watch) -> "Result":
+        """As :func:`sagewan.pipeline.run.execute`. After an error the session can go on."""
+        from sagewan.pipeline.run import execute
+
+        return execute(prepared, watch, session=self)
+
+    def without_own(self, hardware: Hardware) -> Hardware:
+        """The machine as if this session held none of its memory."""
+        if not self._parts or not hardware.usable:
+            return hardware
+        import torch
+
+        if not torch.cuda.is_initialized():
+            return hardware
+        held = [torch.cuda.memory_reserved(device.torch_name) for device in hardware.devices]
+        devices = tuple(
+            replace(device, memory_free=device.memory_free + own)
+            for device, own in zip(hardware.devices, held, strict=True)
+        )
+        return replace(hardware, devices=devices)
+
+    def part(self, key: Hashable, part: Part) -> Part:
+        """The part that is kept under this key, which names all that its weights depend on; else
+        this one, kept from now on."""
+        found = self._parts.setdefault(key, part)
+        found.kept = self.keeps
+        # What is loaded is the same, but the closures belong to the run.
+        found.load, found.blocks = part.load, part.blocks
+        return found
+
+    def only(self, keys: Sequence[Hashable]) -> None:
+        """Free every part but these: another model, or other weights, are wanted now."""
+        for key in [key for key in self._parts if key not in keys]:
+            self._parts.pop(key).close()
+
+    def leave_device(self) -> None:
+        """Let every part leave the device."""
+        for part in self._parts.values():
+            part.leave()
+
+    def conditions(self, key: Hashable, encode: "Callable[[], Conditions]") -> "Conditions":
+        """The conditions kept under this key, or those that ``encode`` gives."""
+        if self._conditions is None or self._conditions[0] != key:
+            self._conditions = None
+            found = encode()
+            if not self.keeps:
+                return found
+            self._conditions = (key, found)
+        return self._conditions[1]
+
+    def close(self) -> None:
+        """Free everything."""
+        self._conditions = None
+        for part in self._parts.values():
+            part.close()
+        self._parts.clear()

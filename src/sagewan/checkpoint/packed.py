@@ -80,6 +80,10 @@ def _unpacked(packed: Packed) -> Tensor:
         return kitchen.unpack_nvfp4(packed.data, *scales)[:rows, :columns]
     if packed.format == "mxfp8":
         return kitchen.unpack_mxfp8(packed.data, _needed(packed, "scale"))[:rows, :columns]
+    if packed.format.startswith(GGUF):
+        from sagewan.checkpoint.gguf_unpack import unpack_gguf
+
+        return unpack_gguf(packed.data, packed.format.removeprefix(GGUF))
     raise CheckpointError(f"weights in the format {packed.format} are not read by this version")
 
 

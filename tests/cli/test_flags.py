@@ -11,6 +11,7 @@ from sagewan.cli import Parser
 from sagewan.cli.flags import _PARSE, FLAGS, add_request_flags, flag_of, request_from
 from sagewan.errors import RequestError
 from sagewan.pipeline import export
+from sagewan.plan.lora import Lora
 from sagewan.plan.request import Ends, Request
 from sagewan.plan.serialize import field_types
 
@@ -54,6 +55,10 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "attention": ("sageattn_3", "sageattn_3"),
     "attention_ends": ("sdpa:2,1", Ends(mode="sdpa", first=2, last=1)),
     "attention_keep_layers": ("39,0", (0, 39)),
+    "lora": (
+        "high=a.safetensors:0.5",
+        (Lora(path=Path("a.safetensors"), strength=0.5, expert="high"),),
+    ),
     "steps": ("12", 12),
     "cfg": ("4.5", 4.5),
     "cfg_2": ("3", 3.0),

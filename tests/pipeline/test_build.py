@@ -11,17 +11,21 @@ from safetensors.torch import load_file, save_file
 
 from sagewan.attention.launch import Launcher
 from sagewan.checkpoint.find import find_model
+from sagewan.checkpoint.lora import find_loras
 from sagewan.errors import CheckpointError
 from sagewan.pipeline.build import Components, build
 from sagewan.pipeline.session import Part
+from sagewan.plan.lora import Lora
 from sagewan.plan.models import PUBLISHED
+from tests.loras import pairs, write
 from tests.pipeline.runs import plan_for
 
 Folder = Callable[[str], Path]
 
 
 def components(folder: Path, dtype: str = "float32") -> Components:
-    return build(SimpleNamespace(model=find_model(str(folder)), dtype=dtype), Launcher())
+    plan = SimpleNamespace(model=find_model(str(folder)), dtype=dtype, loras=())
+    return build(plan, Launcher())
 
 
 @pytest.fixture
@@ -246,3 +250,18 @@ def test_out_of_memory_is_no_damage(copied: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(AutoencoderKLWan, "from_config", full)
     with pytest.raises(RuntimeError, match="allocate memory"), components(copied).vae.on("cpu"):
         pass
+
+
+def test_a_lora_is_on_its_expert_alone(shrunken_folder: Folder, tmp_path: Path) -> None:
+    folder = shrunken_folder("wan2.2-t2v-a14b")
+    with components(folder).transformers[0].on("cpu") as module:
+        path = write(tmp_path / "a.safetensors", pairs(module))
+    model = find_model(str(folder))
+    loras = find_loras((Lora(path=path, expert="low"),), model)
+    plan = SimpleNamespace(model=model, dtype="float32", loras=loras)
+    changed = [
+        [name for name, x in module.named_modules() if name.endswith(".lora")]
+        for part in build(plan, Launcher()).transformers
+        for module in [part.load()]
+    ]
+    assert [len(names) for names in changed] == [0, 16]

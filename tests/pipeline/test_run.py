@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from sagewan.attention.launch import Launcher
+from sagewan.checkpoint.find import demo_folder
 from sagewan.errors import Cancelled, RejectedError, RequestError, UnsupportedError
 from sagewan.pipeline import Result, decode, generate
 from sagewan.pipeline.export import KEY, read_settings
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.plan.catalogue import Implementation
 from sagewan.plan.evidence import SelfTest
+from sagewan.plan.lora import Lora
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import request_from_json
 from sagewan.reference import emulation
+from tests.loras import pairs, write
 
 LAYERS = 8
 STEPS = 4
@@ -396,3 +399,21 @@ def test_pictures_make_a_video(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (200, 40, 30)).save(picture)
     result: Result = generate(small(tmp_path, image=picture))
     assert result.plan.task == "i2v"
+
+
+def test_a_lora_changes_the_video_and_is_in_the_report(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    folder = demo_folder() / "transformer"
+    model = WanTransformer3DModel.from_pretrained(folder, local_files_only=True)
+    path = write(tmp_path / "style.safetensors", pairs(model, size=0.05))
+    plain = generate(small(tmp_path, steps=5))
+    named = {"steps": 5, "output": tmp_path / "b.mp4", "lora": (Lora(path=path, strength=0.8),)}
+    changed = generate(small(tmp_path, **named))
+    assert not np.array_equal(frames_of(plain.path), frames_of(changed.path))
+    (told,) = changed.report["weights"]["lora"]
+    assert (told["layers"], told["unmatched"], told["strength"]) == (64, [], 0.8)
+    again = request_from_json({**read_settings(changed.path), "output": str(tmp_path / "c.mp4")})
+    assert generate(again).path.read_bytes() == changed.path.read_bytes()
+    none = {"steps": 5, "output": tmp_path / "d.mp4", "lora": (Lora(path=path, strength=0),)}
+    assert np.array_equal(frames_of(generate(small(tmp_path, **none)).path), frames_of(plain.path))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sagewan.errors import RequestError
 from sagewan.plan.evidence import Evidence
+from sagewan.plan.lora import Lora
 from sagewan.plan.modes import AUTO, MODES, PRESETS
 from sagewan.plan.plan import make_plan
 from sagewan.plan.request import SCHEDULERS, Ends, Request
@@ -29,6 +30,12 @@ text = st.text(min_size=1).filter(str.strip)
 paths = st.text(st.characters(categories=["L", "N"]), min_size=1).map(Path)
 ends = st.builds(
     Ends, mode=st.sampled_from(list(MODES)), first=st.integers(0, 9), last=st.integers(0, 9)
+)
+loras = st.builds(
+    Lora,
+    path=paths,
+    strength=st.integers(-1000, 1000).map(lambda n: n / 100),
+    expert=st.sampled_from([None, "high", "low"]),
 )
 sides = st.integers(16, 4096)
 
@@ -54,6 +61,7 @@ def requests(draw: st.DrawFn) -> Request:
         attention=attention,
         attention_ends=attention_ends,
         attention_keep_layers=tuple(layers),
+        lora=tuple(draw(st.lists(loras, max_size=2))),
         steps=draw(st.none() | st.integers(1, 1000)),
         cfg=draw(st.none() | st.floats(0, 100)),
         cfg_2=draw(st.none() | st.floats(0, 100)),

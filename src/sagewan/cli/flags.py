@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sagewan.errors import RequestError
+from sagewan.plan.lora import Lora
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.modes import AUTO, MODES, PRESETS
 from sagewan.plan.request import SCHEDULERS, Ends, Request, parse_layers, parse_size
@@ -33,6 +34,11 @@ FLAGS: Mapping[str, Flag] = {
     "attention": Flag("MODE", f"{', '.join((*MODES, AUTO))} (auto)", "a"),
     "attention_ends": Flag("MODE:N,M", "another mode for the first N and last M steps"),
     "attention_keep_layers": Flag("0,39", "layers that keep the mode of --attention-ends"),
+    "lora": Flag(
+        "FILE[:S]",
+        "a LoRA, with a strength if not 1; may be repeated. For one expert of Wan 2.2 A14B: "
+        "high=FILE or low=FILE",
+    ),
     "steps": Flag("N", "denoising steps"),
     "cfg": Flag("SCALE", "classifier-free guidance; 1 turns it off"),
     "cfg_2": Flag("SCALE", "guidance of the second expert (Wan 2.2 A14B)"),
@@ -70,7 +76,10 @@ _PARSE: Mapping[Any, tuple[Callable[[str], Any], str]] = {
     Ends: (Ends.parse, "MODE:FIRST,LAST"),
     tuple[int, int]: (parse_size, "WIDTHxHEIGHT"),
     tuple[int, ...]: (parse_layers, "layer numbers"),
+    tuple[Lora, ...]: (lambda texts: tuple(map(Lora.parse, texts)), "FILE or FILE:STRENGTH"),
 }
+# The types of fields whose flag may be given several times, once for each item.
+_REPEATED = (tuple[Lora, ...],)
 
 
 def flag_of(field: str) -> str:
@@ -97,7 +106,11 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(*names, action=action, default=argparse.SUPPRESS, help=flag.help)
         else:
             parser.add_argument(
-                *names, metavar=flag.metavar, default=argparse.SUPPRESS, help=flag.help
+                *names,
+                action="append" if field_types()[field] in _REPEATED else "store",
+                metavar=flag.metavar,
+                default=argparse.SUPPRESS,
+                help=flag.help,
             )
 
 
@@ -120,7 +133,9 @@ def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) ->
     return Request(**values)
 
 
-def _parsed(field: str, value: str | bool) -> Any:
+def _parsed(field: str, value: Any) -> Any:
+    """A field's value from what argparse gives: a switch, a text, or the texts of a repeated
+    flag."""
     if isinstance(value, bool):
         return value
     parse, kind = _PARSE[field_types()[field]]

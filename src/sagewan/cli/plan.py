@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or as JSON."""
     from sagewan.checkpoint.find import find_model
+    from sagewan.checkpoint.lora import find_loras
     from sagewan.pipeline.decide import stored_evidence
     from sagewan.pipeline.probe import probe
 
@@ -42,9 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     here = probe()
     hardware = pretend(here, gpu=arguments.gpu, vram=arguments.vram)
     request = _with_picture(request, model)
-    plan = make_plan(request, model, hardware, Evidence())
+    loras = find_loras(request.lora, model)
+    plan = make_plan(request, model, hardware, Evidence(), loras)
     if hardware is here:
-        plan = make_plan(request, model, hardware, stored_evidence(plan, hardware))
+        plan = make_plan(request, model, hardware, stored_evidence(plan, hardware), loras)
     if arguments.json:
         print(json.dumps(plan_to_json(plan), indent=2))
     else:

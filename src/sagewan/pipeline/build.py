@@ -20,6 +20,7 @@ from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
 from sagewan.pipeline.fill import check_statistics, damage_told, empty, fill, kept_in_float32
 from sagewan.pipeline.session import Part, Session
+from sagewan.plan.lora import LoraFile
 from sagewan.plan.plan import Plan
 
 
@@ -61,8 +62,12 @@ def build(plan: Plan, launcher: Launcher, session: Session | None = None) -> Com
         ),
         vae=shelf.part("vae", lambda: _vae(location)),
         transformers=tuple(
-            shelf.part(name, partial(_expert, location, name, dtype), lambda m: m.blocks)
-            for name in names
+            shelf.expert(
+                name,
+                partial(_expert, location, name, dtype),
+                tuple(file for file in plan.loras if index in file.experts),
+            )
+            for index, name in enumerate(names)
         ),
         image_encoder=shelf.part("image_encoder", lambda: _image_encoder(location))
         if with_picture
@@ -90,6 +95,12 @@ class _Shelf:
         self._keys.append(key)
         part = Part(name, load, blocks) if blocks else Part(name, load)
         return self.session.part(key, part)
+
+    def expert(self, name: str, load: Callable[[], Any], loras: tuple[LoraFile, ...]) -> Part:
+        """A transformer, with the LoRAs that this run wants on it."""
+        part = self.part(name, load, lambda transformer: transformer.blocks)
+        part.loras = loras
+        return part
 
     def close(self) -> None:
         """Free whatever else the session has."""

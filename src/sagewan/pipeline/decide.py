@@ -8,6 +8,7 @@ from sagewan.plan.attention import AttentionPlan
 from sagewan.plan.catalogue import ROWS, Implementation, rows_of
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Device, Hardware
+from sagewan.plan.lora import LoraFile
 from sagewan.plan.models import Model
 from sagewan.plan.modes import MODES
 from sagewan.plan.objection import Objection
@@ -27,34 +28,40 @@ class Decision:
     evidence: Evidence
     plan: Plan
 
+    @property
+    def loras(self) -> tuple[LoraFile, ...]:
+        return self.plan.loras
+
     def after(self, failures: dict[str, Objection]) -> "Decision":
         """The decision once these implementations, by name, are known to fail."""
         evidence = self.evidence
         for name, objection in failures.items():
             evidence = evidence.with_failure(name, objection)
-        return decide(self.request, self.model, self.hardware, evidence=evidence)
+        return decide(self.request, self.model, self.hardware, self.loras, evidence=evidence)
 
 
 def decide(
     request: Request,
     model: Model,
     hardware: Hardware,
+    loras: tuple[LoraFile, ...] = (),
     *,
     evidence: Evidence | None = None,
     watch: Watch | None = None,
 ) -> Decision:
     """Make the plan; prove on the device what it wants proved, and make it again, until it stands.
 
-    ``evidence`` left out is what earlier runs on this device have stored. Raises as
-    :func:`sagewan.plan.plan.make_plan`; that refusal comes before anything heavy is imported.
+    ``loras`` is what the request's LoRA files hold; ``evidence`` left out is what earlier runs on
+    this device have stored. Raises as :func:`sagewan.plan.plan.make_plan`; that refusal comes
+    before anything heavy is imported.
     """
-    plan = make_plan(request, model, hardware, evidence or Evidence())
+    plan = make_plan(request, model, hardware, evidence or Evidence(), loras)
     if evidence is None:
         evidence = stored_evidence(plan, hardware)
-        plan = make_plan(request, model, hardware, evidence)
+        plan = make_plan(request, model, hardware, evidence, loras)
     while plan.attention.unproven:
         evidence = prove(plan.attention, plan.device, hardware, evidence, watch=watch)
-        plan = make_plan(request, model, hardware, evidence)
+        plan = make_plan(request, model, hardware, evidence, loras)
     return Decision(request=request, model=model, hardware=hardware, evidence=evidence, plan=plan)
 
 

@@ -80,7 +80,12 @@ def make_report(
         "requested": request_to_json(plan.request),
         "plan": plan_to_json(plan),
         "attention": attention_facts(plan, changes, measured),
-        "weights": {"format": plan.dtype, "bytes": measured.weight_bytes, "compute": plan.dtype},
+        "weights": {
+            "format": plan.dtype,
+            "bytes": measured.weight_bytes,
+            "compute": plan.dtype,
+            "lora": [file.to_json() for file in plan.loras],
+        },
         "memory": {
             "peak_device_bytes": measured.peak_device_bytes,
             # Of two experts one is on the device at a time.

@@ -81,6 +81,7 @@ def prepare(request: Request, watch: Watch, *, session: "Session | None" = None)
     """Refuse what is wrong and decide the rest; a seed is drawn if none is given. What a session
     holds of the machine's memory counts as free: it will be used, or given back."""
     from sagewan.checkpoint.find import find_model
+    from sagewan.checkpoint.lora import find_loras
     from sagewan.pipeline.pictures import load_picture
     from sagewan.pipeline.probe import probe
 
@@ -89,15 +90,16 @@ def prepare(request: Request, watch: Watch, *, session: "Session | None" = None)
         request = replace(request, seed=secrets.randbelow(_SEEDS))
     check_outputs(request)
     model = find_model(request.model)
+    loras = find_loras(request.lora, model)
     hardware = session.without_own(probe()) if session else probe()
     # What is wrong with the request shows in a draft, before the self-tests take their time.
-    draft = make_plan(request, model, hardware, Evidence())
+    draft = make_plan(request, model, hardware, Evidence(), loras)
     check_space(request.output, draft.size, draft.frames)
     paths = {"image": request.image, "last_image": request.last_image}
     pictures = {
         name: load_picture(path, draft.grid_size, name) for name, path in paths.items() if path
     }
-    decision = decide(request, model, hardware, watch=watch)
+    decision = decide(request, model, hardware, loras, watch=watch)
     for change in planned_changes(decision.plan):
         logger.warning("%s", change.sentence())
     return Prepared(decision=decision, pictures=pictures)

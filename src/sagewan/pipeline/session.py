@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from sagewan.memory.placement import Place, Placement
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.hardware import Hardware
+from sagewan.plan.lora import LoraFile
 
 if TYPE_CHECKING:
+    from sagewan.model.lora import Adapters
     from sagewan.pipeline.conditions import Conditions
     from sagewan.pipeline.run import Prepared, Result
     from sagewan.plan.request import Request
@@ -30,15 +32,19 @@ class Part:
     ``load`` gives the module on the host, ``blocks`` what of it can be swapped. A part that is not
     kept is freed after its turn; one that is kept leaves the device, or stays there, as the
     caller says. Weights that keep their dtype stay in the file's pages, so loading again costs
-    little. ``weight_bytes`` is what its weights take in memory, 0 until it is first loaded.
+    little. ``loras`` are those that it is to have on; others are taken off without loading it
+    again. ``weight_bytes`` is what its weights take in memory, 0 until it is first loaded.
     """
 
     name: str
     load: Callable[[], Any]
     blocks: Callable[[Any], Sequence[Any]] = _no_blocks
     kept: bool = False
+    loras: tuple[LoraFile, ...] = ()
     weight_bytes: int = 0
     _module: Any = field(default=None, init=False, repr=False)
+    _adapters: "Adapters | None" = field(default=None, init=False, repr=False)
+    _worn: tuple[LoraFile, ...] = field(default=(), init=False, repr=False)
     _placement: Placement | None = field(default=None, init=False, repr=False)
 
     @contextmanager
@@ -74,7 +80,8 @@ class Part:
     def close(self) -> None:
         """Free it. It can be loaded again."""
         placement, module = self._placement, self._module
-        self._placement = self._module = None
+        self._placement = self._module = self._adapters = None
+        self._worn = ()
         if placement:
             placement.close()
             _give_back(placement.place.device)
@@ -90,10 +97,24 @@ class Part:
             logger.info("loading %s", self.name)
             self._module = self.load().eval().requires_grad_(False)
             self.weight_bytes = sum(x.nbytes for x in self._module.state_dict().values())
+        if self._worn != self.loras:
+            self._wear()
         if self._placement is None:
             self._placement = Placement(self._module, self.blocks(self._module), place)
         self._placement.enter()
         return self._module
+
+    def _wear(self) -> None:
+        """Put its LoRAs on in place of those that are, all of it on the host."""
+        from sagewan.checkpoint.lora import load_lora
+        from sagewan.model.lora import Adapters
+
+        if self._placement:
+            self._placement.detach()
+            self._placement = None
+        self._adapters = self._adapters or Adapters(self._module)
+        self._adapters.put(map(load_lora, self.loras))
+        self._worn = self.loras
 
 
 def _give_back(device: str) -> None:

@@ -8,6 +8,7 @@ from sagewan.plan.attention import AttentionPlan, plan_attention
 from sagewan.plan.catalogue import Problem
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB, Device, Hardware
+from sagewan.plan.lora import LoraFile, Schedule, taught_schedule
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
 from sagewan.plan.modes import PRESETS, Preset
 from sagewan.plan.request import Request
@@ -51,12 +52,20 @@ class Plan:
     steps: Steps
     attention: AttentionPlan
     weight_bytes: int
+    loras: tuple[LoraFile, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evidence) -> Plan:
-    """Decide everything. Raises RequestError for what this model can't do, and
-    UnsupportedError where ``strict`` forbids the substitute that this machine needs."""
+def make_plan(
+    request: Request,
+    model: Model,
+    hardware: Hardware,
+    evidence: Evidence,
+    loras: tuple[LoraFile, ...] = (),
+) -> Plan:
+    """Decide everything; ``loras`` is what the request's LoRA files hold. Raises RequestError for
+    what this model can't do, and UnsupportedError where ``strict`` forbids the substitute that
+    this machine needs."""
     preset = PRESETS[request.preset] if request.preset else None
     device = hardware.device(request.device)
     dtype = _dtype(request, device)
@@ -66,7 +75,7 @@ def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evid
     size, frames, fps = _shape(request, model, preset)
     grid_size = _on_grid(size, model)
     tokens = model.tokens(grid_size, frames)
-    steps = _steps(request, model, preset)
+    steps = _steps(request, model, preset, taught_schedule(request.steps, loras))
     _check_tokens(tokens, size, frames)
     problem = Problem(head_dim=model.head_dim, dtype=dtype, keys=tokens)
     attention = plan_attention(
@@ -88,6 +97,7 @@ def make_plan(request: Request, model: Model, hardware: Hardware, evidence: Evid
         steps=steps,
         attention=attention,
         weight_bytes=model.parameters * model.experts * (4 if dtype == "float32" else 2),
+        loras=loras,
     )
     return replace(plan, notes=tuple(_notes(plan, preset)))
 
@@ -156,29 +166,44 @@ def _on_grid(size: tuple[int, int], model: Model) -> tuple[int, int]:
     return -(-size[0] // across) * across, -(-size[1] // down) * down
 
 
-def _steps(request: Request, model: Model, preset: Preset | None) -> Steps:
+def _steps(request: Request, model: Model, preset: Preset | None, taught: Schedule | None) -> Steps:
     usual = model.sampling
     if model.experts == 1 and (request.cfg_2 is not None or request.boundary is not None):
         raise RequestError(
             f"cfg_2 and boundary are for models with two experts, and {model.name} has one"
         )
     count = preset.steps if preset and not model.is_demo else usual.steps
-    cfg = usual.cfg if request.cfg is None else request.cfg
-    cfg_2 = None
-    if model.experts == 2:
-        # As diffusers: the second expert follows the first's guidance if only that is chosen.
-        default = usual.cfg_2 if request.cfg is None else request.cfg
-        cfg_2 = default if request.cfg_2 is None else request.cfg_2
+    if taught:
+        count = taught.steps
     count = request.steps or count
     _check_ends(request, count)
+    cfg, cfg_2 = _guidance(request, model, taught)
+    shift, scheduler = (
+        (taught.shift, taught.scheduler) if taught else (usual.shift, usual.scheduler)
+    )
     return Steps(
         count=count,
-        scheduler=request.scheduler or usual.scheduler,
-        shift=usual.shift if request.shift is None else request.shift,
+        scheduler=request.scheduler or scheduler,
+        shift=shift if request.shift is None else request.shift,
         cfg=cfg,
         cfg_2=cfg_2,
         boundary=model.boundary if request.boundary is None else request.boundary,
     )
+
+
+def _guidance(
+    request: Request, model: Model, taught: Schedule | None
+) -> tuple[float, float | None]:
+    """The guidance of the first expert, and of the second if there is one."""
+    usual, usual_2 = model.sampling.cfg, model.sampling.cfg_2
+    if taught:
+        usual = usual_2 = taught.cfg
+    cfg = usual if request.cfg is None else request.cfg
+    if model.experts == 1:
+        return cfg, None
+    # As diffusers: the second expert follows the first's guidance if only that is chosen.
+    default = usual_2 if request.cfg is None else request.cfg
+    return cfg, default if request.cfg_2 is None else request.cfg_2
 
 
 def _check_ends(request: Request, steps: int) -> None:
@@ -197,7 +222,8 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
             f"{plan.size[0]}x{plan.size[1]} is not on the model's grid: generated at "
             f"{plan.grid_size[0]}x{plan.grid_size[1]} and cropped"
         )
-    if plan.steps.scheduler == "lcm":
+    yield from _lora_notes(plan)
+    if plan.steps.scheduler == "lcm" and not any(file.schedule for file in plan.loras):
         yield "the scheduler lcm is for distilled checkpoints: others come out unfinished"
     if plan.request.emulate and not any(c.row.emulated for c in plan.attention.choices):
         yield f"emulate changes nothing here: {plan.attention.main.mode} runs without emulation"
@@ -212,10 +238,25 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
         yield from _preset_notes(plan, preset)
 
 
-def _preset_notes(plan: Plan, preset: Preset) -> Iterator[str]:
-    if preset.steps <= 8 and plan.steps.count == preset.steps:
+def _lora_notes(plan: Plan) -> Iterator[str]:
+    for file in plan.loras:
+        yield file.sentence()
+    taught = taught_schedule(plan.request.steps, plan.loras)
+    if taught and plan.request.steps not in (None, taught.steps):
+        yield f"the LoRA was distilled for {taught.steps} steps, and {plan.steps.count} will run"
+    elif taught and not any(file.schedule for file in plan.loras):
         yield (
-            f"{preset.steps} steps want a distilled checkpoint; with an ordinary one choose --steps"
+            f"{taught.steps} steps with a LoRA: taken for a distilled one (cfg {taught.cfg:g}, "
+            f"shift {taught.shift:g}, {taught.scheduler}), where you name no others"
+        )
+
+
+def _preset_notes(plan: Plan, preset: Preset) -> Iterator[str]:
+    distilled = any(file.schedule for file in plan.loras)
+    if preset.steps <= 8 and plan.steps.count == preset.steps and not distilled:
+        yield (
+            f"{preset.steps} steps want a distilled checkpoint or a distilled LoRA (--lora), and "
+            "none is loaded; with an ordinary one choose --steps"
         )
     if plan.model.is_demo:
         yield "the demo model keeps its own size, length and steps under every preset"

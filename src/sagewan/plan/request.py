@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagewan.errors import RequestError
+from sagewan.plan.lora import Lora
 from sagewan.plan.modes import AUTO, MODES, PRESETS
 
 SCHEDULERS = ("unipc", "euler", "dpm++2m", "lcm", "flow-euler")
@@ -59,6 +60,7 @@ class Request:
     attention: str | None = None
     attention_ends: Ends | None = None
     attention_keep_layers: tuple[int, ...] = ()
+    lora: tuple[Lora, ...] = ()
     steps: int | None = None
     cfg: float | None = None
     cfg_2: float | None = None

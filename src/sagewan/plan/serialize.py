@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from sagewan.errors import RequestError
 from sagewan.plan.attention import Choice
 from sagewan.plan.hardware import Device
+from sagewan.plan.lora import Lora
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Ends, Request
@@ -45,6 +46,12 @@ def _pair(value: object) -> tuple[int, int] | None:
     return (numbers[0], numbers[1]) if numbers is not None and len(numbers) == 2 else None
 
 
+def _loras(value: object) -> tuple[Lora, ...] | None:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(map(Lora.parse, value))
+    return None
+
+
 def _number(value: object) -> float | None:
     return float(value) if type(value) in (int, float) else None  # type: ignore[arg-type]
 
@@ -59,6 +66,7 @@ _READ: Mapping[Any, Callable[[Any], object | None]] = {
     Ends: lambda value: Ends.parse(value) if isinstance(value, str) else None,
     tuple[int, int]: _pair,
     tuple[int, ...]: _integers,
+    tuple[Lora, ...]: _loras,
 }
 
 
@@ -104,7 +112,8 @@ def settings(request: Request) -> dict[str, Any]:
         request = replace(request, image=request.image.absolute())
     if request.last_image:
         request = replace(request, last_image=request.last_image.absolute())
-    fields = request_to_json(request)
+    loras = tuple(replace(lora, path=lora.path.absolute()) for lora in request.lora)
+    fields = request_to_json(replace(request, lora=loras))
     return {name: value for name, value in fields.items() if name not in _OF_THE_RUN}
 
 
@@ -140,6 +149,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         },
         "attention": _attention(plan),
         "weight_bytes": plan.weight_bytes,
+        "lora": [file.to_json() for file in plan.loras],
         "notes": list(plan.notes),
     }
 
@@ -184,6 +194,6 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, Path | Ends):
+    if isinstance(value, Path | Ends | Lora):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

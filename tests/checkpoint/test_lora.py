@@ -96,7 +96,7 @@ def test_what_is_no_lora_is_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is missing"):
         find_loras((Lora(path=tmp_path / "b.safetensors"),), model)
     path.write_text("<!DOCTYPE html><html></html>")
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
+    with pytest.raises(CheckpointError, match="is a web page"):
         find_loras((Lora(path=path),), model)
 
 

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sagewan.checkpoint.files import header
 from sagewan.checkpoint.names import transformer_name
+from sagewan.checkpoint.tensors import Stored, TensorFile, open_file
 from sagewan.errors import CheckpointError, RequestError
 from sagewan.plan.layers import weight_shapes
 from sagewan.plan.lora import (
@@ -68,7 +68,6 @@ _SCHEDULE: Mapping[str, Any] = {
     "shift": (int, float),
     "scheduler": str,
 }
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @dataclass
@@ -77,24 +76,24 @@ class _Change:
 
     parts: dict[str, str] = field(default_factory=dict)
 
-    def shape(self, found: Mapping[str, Any]) -> list[int] | None:
+    def shape(self, found: Mapping[str, Stored]) -> tuple[int, ...] | None:
         """The shape [N, K] of the weight that its pair a, b adds to; None if it is no such pair."""
-        a, b = (found[self.parts[part]]["shape"] if part in self.parts else [] for part in "ab")
-        return [b[0], a[1]] if len(a) == len(b) == 2 and a[0] == b[1] else None
+        a, b = (found[self.parts[part]].shape if part in self.parts else () for part in "ab")
+        return (b[0], a[1]) if len(a) == len(b) == 2 and a[0] == b[1] else None
 
-    def fits(self, found: Mapping[str, Any], shape: tuple[int, ...] | None) -> bool:
+    def fits(self, found: Mapping[str, Stored], shape: tuple[int, ...] | None) -> bool:
         """Whether it is whole and, where the layer's shape is known, of that shape."""
         weights = []
         if "a" in self.parts or "b" in self.parts:
             weights.append(self.shape(found))
         if "diff" in self.parts:
-            weights.append(found[self.parts["diff"]]["shape"])
-        biases = [found[self.parts["diff_b"]]["shape"]] if "diff_b" in self.parts else []
+            weights.append(found[self.parts["diff"]].shape)
+        biases = [found[self.parts["diff_b"]].shape] if "diff_b" in self.parts else []
         if None in weights or not (weights or biases):
             return False
         if shape is None:
             return True
-        return all(x == list(shape) for x in weights) and all(x == [shape[0]] for x in biases)
+        return all(x == shape for x in weights) and all(x == shape[:1] for x in biases)
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,8 @@ def _find(lora: Lora, model: Model) -> LoraFile:
     experts, guessed = _experts(lora, model)
     if path.is_dir() or path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
         raise CheckpointError(f"lora={lora.path}: give a LoRA's .safetensors file")
-    found = header(path)
+    opened = open_file(path)
+    found = opened.tensors
     changes, unknown = _changes(found, path)
     shapes = weight_shapes(model)
     fitting = {
@@ -133,7 +133,7 @@ def _find(lora: Lora, model: Model) -> LoraFile:
         name for key in changes.keys() - fitting.keys() for name in changes[key].parts.values()
     ]
     tensors = [found[name] for change in fitting.values() for name in change.parts.values()]
-    ranks = [found[c.parts["a"]]["shape"][0] for c in fitting.values() if "a" in c.parts]
+    ranks = [found[c.parts["a"]].shape[0] for c in fitting.values() if "a" in c.parts]
     return LoraFile(
         lora=Lora(path=path, strength=lora.strength, expert=lora.expert),
         layers=tuple(sorted(fitting)),
@@ -141,8 +141,8 @@ def _find(lora: Lora, model: Model) -> LoraFile:
         experts=experts,
         guessed=guessed,
         rank=max(ranks, default=0),
-        nbytes=sum(_bytes(tensor) for tensor in tensors),
-        schedule=_own_schedule(found, path) or schedule_in_name(path.stem),
+        nbytes=sum(stored.nbytes for stored in tensors),
+        schedule=_own_schedule(opened) or schedule_in_name(path.stem),
     )
 
 
@@ -160,13 +160,11 @@ def _experts(lora: Lora, model: Model) -> tuple[tuple[int, ...], bool]:
     return ((0, 1), False) if told is None else ((told,), True)
 
 
-def _changes(found: Mapping[str, Any], path: Path) -> tuple[dict[str, _Change], list[str]]:
+def _changes(found: Mapping[str, Stored], path: Path) -> tuple[dict[str, _Change], list[str]]:
     """The tensors of a file by the layer they change, and the names that no Wan layer has."""
     changes: dict[str, _Change] = {}
     unknown = []
     for name in found:
-        if name == "__metadata__":
-            continue
         other = next((kind for mark, kind in _OTHER_KINDS.items() if mark in name), None)
         if other:
             raise CheckpointError(f"{path} is {other} file; this version reads LoRA")
@@ -246,22 +244,22 @@ def _dotted() -> Mapping[str, str]:
 
 
 def _nothing_fits(
-    lora: Lora, model: Model, changes: Mapping[str, _Change], found: Mapping[str, Any]
+    lora: Lora, model: Model, changes: Mapping[str, _Change], found: Mapping[str, Stored]
 ) -> str:
     why = f"lora={lora.path}: none of its {len(changes)} layers fits {model.name}"
     shapes = weight_shapes(model)
     for name, change in changes.items():
         has = change.shape(found)
         if has and name in shapes:
-            why += f" ({name} is {has} there, and {list(shapes[name])} in the model)"
+            why += f" ({name} is {list(has)} there, and {list(shapes[name])} in the model)"
             break
     return f"{why}; choose one made for this model"
 
 
-def _own_schedule(found: Mapping[str, Any], path: Path) -> Schedule | None:
+def _own_schedule(file: TensorFile) -> Schedule | None:
     """The schedule that a file names itself, in its notes as ``sagewan.sampling``: an object with
     ``steps`` and, where they are not the usual ones, ``cfg``, ``shift`` and ``scheduler``."""
-    own = _metadata(found).get("sagewan.sampling")
+    path, own = file.path, _metadata(file).get("sagewan.sampling")
     if own is None:
         return None
     if not isinstance(own, Mapping) or "steps" not in own or own.keys() - _SCHEDULE.keys():
@@ -274,10 +272,10 @@ def _own_schedule(found: Mapping[str, Any], path: Path) -> Schedule | None:
     return Schedule(**own)
 
 
-def _metadata(found: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(file: TensorFile) -> dict[str, Any]:
     """The header's notes, those that are JSON read."""
     read: dict[str, Any] = {}
-    for key, value in (found.get("__metadata__") or {}).items():
+    for key, value in file.metadata.items():
         try:
             read[key] = json.loads(value)
         except (TypeError, ValueError):
@@ -285,32 +283,21 @@ def _metadata(found: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _bytes(tensor: Mapping[str, Any]) -> int:
-    count = 1
-    for side in tensor["shape"]:
-        count *= side
-    return count * min(_BYTES.get(tensor["dtype"], 2), 2)
-
-
 def load_lora(file: LoraFile) -> dict[str, LoraLayer]:
     """The layers that a file changes, by name, with strength and alpha multiplied in."""
-    from safetensors import safe_open
-
-    found = header(file.lora.path)
-    changes, _ = _changes(found, file.lora.path)
-    wanted = {name: changes[name] for name in file.layers}
-    metadata = _metadata(found)
-    with safe_open(file.lora.path, framework="pt") as opened:
-        return {
-            name: _read(opened, change.parts, file.lora.strength, _peft_alpha(metadata, name))
-            for name, change in wanted.items()
-        }
+    opened = open_file(file.lora.path)
+    changes, _ = _changes(opened.tensors, file.lora.path)
+    metadata = _metadata(opened)
+    return {
+        name: _read(opened, changes[name].parts, file.lora.strength, _peft_alpha(metadata, name))
+        for name in file.layers
+    }
 
 
 def _read(
-    opened: Any, parts: Mapping[str, str], strength: float, peft_alpha: float | None
+    opened: TensorFile, parts: Mapping[str, str], strength: float, peft_alpha: float | None
 ) -> LoraLayer:
-    tensors = {part: opened.get_tensor(name).float() for part, name in parts.items()}
+    tensors = {part: opened.tensors[name].tensor().float() for part, name in parts.items()}
     for part in ("b", "diff", "diff_b"):
         if part in tensors:
             tensors[part] = tensors[part] * strength
@@ -318,7 +305,7 @@ def _read(
         rank = tensors["a"].shape[0]
         alpha = float(tensors["alpha"]) if "alpha" in tensors else peft_alpha
         tensors["b"] = tensors["b"] * (1.0 if alpha is None else alpha / rank)
-    return LoraLayer(**{part: x.contiguous() for part, x in tensors.items() if part != "alpha"})
+    return LoraLayer(**{part: x for part, x in tensors.items() if part != "alpha"})
 
 
 def _peft_alpha(metadata: Mapping[str, Any], layer: str) -> float | None:

@@ -14,8 +14,8 @@ from sagewan.checkpoint.find import find_model
 from sagewan.checkpoint.lora import find_loras
 from sagewan.errors import CheckpointError
 from sagewan.pipeline.build import Components, build
-from sagewan.pipeline.session import Part
-from sagewan.plan.lora import Lora
+from sagewan.pipeline.session import Part, Session
+from sagewan.plan.lora import Lora, LoraFile
 from sagewan.plan.models import PUBLISHED
 from tests.loras import pairs, write
 from tests.pipeline.runs import plan_for
@@ -259,9 +259,34 @@ def test_a_lora_is_on_its_expert_alone(shrunken_folder: Folder, tmp_path: Path) 
     model = find_model(str(folder))
     loras = find_loras((Lora(path=path, expert="low"),), model)
     plan = SimpleNamespace(model=model, dtype="float32", loras=loras)
-    changed = [
-        [name for name, x in module.named_modules() if name.endswith(".lora")]
-        for part in build(plan, Launcher()).transformers
-        for module in [part.load()]
-    ]
-    assert [len(names) for names in changed] == [0, 16]
+    changed = []
+    for part in build(plan, Launcher()).transformers:
+        with part.on("cpu") as module:
+            changed.append(sum(name.endswith(".lora") for name, _ in module.named_modules()))
+    assert changed == [0, 16]
+
+
+def test_another_lora_does_not_load_the_model_again(
+    shrunken_folder: Folder, tmp_path: Path
+) -> None:
+    model = find_model(str(shrunken_folder("wan2.1-t2v-1.3b")))
+    session = Session()
+
+    def outputs(*loras: LoraFile) -> tuple[Any, torch.Tensor]:
+        plan = SimpleNamespace(model=model, dtype="float32", loras=loras)
+        (part,) = build(plan, Launcher(), session).transformers
+        with part.on("cpu") as module, torch.inference_mode():
+            return module, module.blocks[0].ffn(torch.ones(1, 3, 256))
+
+    module, plain = outputs()
+    files = []
+    for seed in (0, 1):
+        path = write(tmp_path / f"{seed}.safetensors", pairs(module, seed, size=0.5))
+        files += find_loras((Lora(path=path),), model)
+    seen = [outputs(files[0]), outputs(files[1]), outputs(*files), outputs(), outputs(files[0])]
+    assert all(other is module for other, _ in seen)
+    first, second, both, none, again = (x for _, x in seen)
+    assert none.equal(plain)
+    assert again.equal(first)
+    assert not any(x.equal(plain) for x in (first, second, both))
+    session.close()

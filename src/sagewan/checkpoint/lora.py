@@ -142,6 +142,7 @@ def _find(lora: Lora, model: Model) -> LoraFile:
         guessed=guessed,
         rank=max(ranks, default=0),
         nbytes=sum(stored.nbytes for stored in tensors),
+        modified=path.stat().st_mtime_ns,
         schedule=_own_schedule(opened) or schedule_in_name(path.stem),
     )
 

@@ -60,7 +60,8 @@ class LoraFile:
     ``layers`` are the names of the layers it changes, as diffusers calls them; ``unmatched`` the
     names in the file that no layer of the model answers to. ``experts`` counts the transformers it
     is for, from 0; ``guessed`` says whether its name told that. ``schedule`` is set for a distilled
-    one. ``nbytes`` is what it takes in memory.
+    one. ``nbytes`` is what it takes in memory; ``modified`` when the file was written, in
+    nanoseconds, so that one that was written anew counts as another.
     """
 
     lora: Lora
@@ -70,6 +71,7 @@ class LoraFile:
     guessed: bool = False
     rank: int
     nbytes: int
+    modified: int = 0
     schedule: Schedule | None = None
 
     def sentence(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sagewan.jobs.store import default_path
+from sagewan.jobs.records import default_path
 from sagewan.pipeline.export import write_video
 from tests.cli.conftest import Said, seconds_of_children
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagewan.errors import RequestError, StateError
-from sagewan.jobs import store as store_module
+from sagewan.jobs import processes, records
+from sagewan.jobs.records import JobEvent, default_path
 from sagewan.jobs.states import NEXT, State
-from sagewan.jobs.store import Store, default_path
+from sagewan.jobs.store import Store
 from sagewan.plan.request import Request
 
 REQUEST = Request(prompt="红色的球", seed=1, size=(64, 64))
@@ -70,7 +71,7 @@ def test_a_record_survives_another_process(
         job = store.add(request)
         store.start(job)
         store.set_plan(job, {"seed": 5})
-        store.add_event(job, "denoise", 1, 4)
+        store.add_event(job, JobEvent(at=1.0, stage="denoise", done=1, total=4, memory=7))
         store.finish(job, State.FAILED, error=error)
     with Store(path) as store:
         record = store.job(job)
@@ -78,7 +79,7 @@ def test_a_record_survives_another_process(
         assert (record.state, record.error, record.plan) == (State.FAILED, error, {"seed": 5})
         assert record.created <= (record.started or 0) <= (record.finished or 0)
         (event,) = store.events(job)
-        assert (event.stage, event.done, event.total) == ("denoise", 1, 4)
+        assert event == JobEvent(at=1.0, stage="denoise", done=1, total=4, memory=7)
 
 
 def test_jobs_are_listed_from_the_newest(path: Path) -> None:
@@ -147,18 +148,18 @@ def test_a_number_that_another_process_got_is_not_the_job(
         assert store.job(job).state is State.FAILED
 
 
-@pytest.mark.skipif(not store_module.psutil.LINUX, reason="others keep the time by the clock")
+@pytest.mark.skipif(not processes.psutil.LINUX, reason="others keep the time by the clock")
 def test_a_clock_that_is_set_does_not_end_a_job(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    psutil = store_module.psutil
+    psutil = processes.psutil
     create_time, boot_time = psutil.Process.create_time, psutil.boot_time
     with Store(path) as store:
         job = store.add(REQUEST)
         store.start(job)
         monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
         monkeypatch.setattr(psutil, "boot_time", lambda: boot_time() + 3600)
-        store.fail_abandoned()
+        store.settle_abandoned()
         assert store.job(job).state is State.RUNNING
 
 
@@ -181,7 +182,7 @@ def test_many_writers_at_once_lose_nothing(path: Path) -> None:
             for _ in range(20):
                 job = store.add(REQUEST)
                 store.start(job)
-                store.add_event(job, "load", 0, None)
+                store.add_event(job, JobEvent(at=1.0, stage="load", done=0, total=None))
                 store.finish(job, State.DONE)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -213,7 +214,7 @@ def test_the_place_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SAGEWAN_DATA", str(tmp_path))
     assert default_path() == tmp_path / "jobs.sqlite"
     monkeypatch.delenv("SAGEWAN_DATA")
-    monkeypatch.setattr(store_module, "user_data_path", lambda *_: tmp_path / "user")
+    monkeypatch.setattr(records, "user_data_path", lambda *_: tmp_path / "user")
     assert default_path() == tmp_path / "user" / "jobs.sqlite"
 
 

@@ -49,9 +49,13 @@ def store(test: SelfTest, device: Device, hardware: Hardware, problem: Problem) 
         logger.warning("the self-test of %s was not stored: %s", test.implementation, error)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``SAGEWAN_CACHE``, or the user's caches."""
+    return Path(os.environ.get("SAGEWAN_CACHE") or platformdirs.user_cache_dir("sagewan"))
+
+
 def _path() -> Path:
-    folder = os.environ.get("SAGEWAN_CACHE") or platformdirs.user_cache_dir("sagewan")
-    return Path(folder) / "self-tests.json"
+    return cache_folder() / "self-tests.json"
 
 
 def _key(row: Implementation, device: Device, hardware: Hardware, problem: Problem) -> str:

@@ -13,8 +13,10 @@ from sagewan.errors import Cancelled, RequestError, SagewanError
 # The modules are imported when their command is called: --help must not wait for torch.
 COMMANDS = {
     "generate": "make a video from a prompt",
+    "compare": "make one video in several settings, side by side",
     "plan": "say what would run, and what it needs; loads nothing",
     "doctor": "say what this machine can run, and try it",
+    "queue": "show and change the videos that wait, or make them",
     "jobs": "list, show and cancel runs",
 }
 
@@ -79,6 +81,6 @@ def _run(argv: list[str]) -> int:
 def _unknown(words: Sequence[str], command: str | None) -> RequestError:
     """The refusal of words that no flag takes; most often a prompt that lacks its quotes."""
     hint = f"see sagewan {command} --help"
-    if command in ("generate", "plan") and not words[0].startswith("-"):
+    if command in ("generate", "compare", "plan") and not words[0].startswith("-"):
         hint = 'put the prompt in quotes, such as "a red ball"'
     return RequestError(f"unrecognized arguments: {' '.join(words)}; {hint}")

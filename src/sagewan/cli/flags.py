@@ -79,7 +79,7 @@ _PARSE: Mapping[Any, tuple[Callable[[str], Any], str]] = {
     tuple[Lora, ...]: (lambda texts: tuple(map(Lora.parse, texts)), "FILE or FILE:STRENGTH"),
 }
 # The types of fields whose flag may be given several times, once for each item.
-_REPEATED = (tuple[Lora, ...],)
+REPEATED = (tuple[Lora, ...],)
 
 
 def flag_of(field: str) -> str:
@@ -107,7 +107,7 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         else:
             parser.add_argument(
                 *names,
-                action="append" if field_types()[field] in _REPEATED else "store",
+                action="append" if field_types()[field] in REPEATED else "store",
                 metavar=flag.metavar,
                 default=argparse.SUPPRESS,
                 help=flag.help,
@@ -125,7 +125,7 @@ def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) ->
 
         values = settings_from_json(read_settings(arguments.from_video))
     given = vars(arguments)
-    values |= {field: _parsed(field, given[field]) for field in FLAGS if field in given}
+    values |= {field: parsed(field, given[field]) for field in FLAGS if field in given}
     if "prompt" not in values:
         if prompt is None:
             raise RequestError('prompt is missing: say what to show, such as "a red ball"')
@@ -133,9 +133,9 @@ def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) ->
     return Request(**values)
 
 
-def _parsed(field: str, value: Any) -> Any:
+def parsed(field: str, value: Any) -> Any:
     """A field's value from what argparse gives: a switch, a text, or the texts of a repeated
-    flag."""
+    flag. RequestError if it is of another kind."""
     if isinstance(value, bool):
         return value
     parse, kind = _PARSE[field_types()[field]]

@@ -49,7 +49,8 @@ def _run(request: "Request", watch: Watch) -> "Result":
 
 
 def _open_store() -> "Store | None":
-    from sagewan.jobs.store import Store, default_path
+    from sagewan.jobs.records import default_path
+    from sagewan.jobs.store import Store
 
     path = default_path()
     try:

@@ -9,8 +9,9 @@ from typing import Any
 
 from sagewan.cli.show import duration
 from sagewan.errors import RequestError, StateError
+from sagewan.jobs.records import Job, default_path
 from sagewan.jobs.states import State
-from sagewan.jobs.store import Job, Store, default_path
+from sagewan.jobs.store import Store
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def _list(store: Store, arguments: argparse.Namespace) -> str:
     if arguments.json:
         return json.dumps([asdict(job) for job in jobs], indent=2)
     lines = (
-        f"{job.id:5}  {_when(job.created)}  {job.state:<9}  {job.request['prompt']}" for job in jobs
+        f"{job.id:5}  {when(job.created)}  {job.state:<9}  {job.request['prompt']}" for job in jobs
     )
     return "\n".join(lines) or "no jobs yet"
 
@@ -58,7 +59,7 @@ def _show(store: Store, arguments: argparse.Namespace) -> str:
     lines = [f"{name:<9} {value}" for name, value in _lines(job)]
     for event in events:
         total = "" if event.total is None else f" {event.done}/{event.total}"
-        lines.append(f"{_when(event.at)}  {event.stage}{total}")
+        lines.append(f"{when(event.at)}  {event.stage}{total}")
     return "\n".join(lines)
 
 
@@ -84,5 +85,6 @@ def _lines(job: Job) -> list[tuple[str, Any]]:
     return lines
 
 
-def _when(seconds: float) -> str:
+def when(seconds: float) -> str:
+    """Seconds since 1970 as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -55,9 +55,9 @@ def _lines(watch: Watch) -> Iterator[None]:
         elif event.stage == DECIDE:
             pass  # A moment; a refusal is to stand alone.
         elif event.total is None or event.done == 0:
-            say(event.stage)
+            say(_title(event))
         elif event.done * _LINES // event.total != (event.done - 1) * _LINES // event.total:
-            say(f"{event.stage} {progress_text(event)}")
+            say(f"{_title(event)} {progress_text(event)}")
 
     watch.listen(show)
     yield
@@ -85,20 +85,25 @@ class _BarListener:
     def __init__(self, progress: "Progress") -> None:
         self._progress = progress
         self._notes = Notes()
-        self._stage: str | None = None
+        self._title: str | None = None
         self._task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
         if event.plan:
             self._notes.tell(event.plan)
             return
-        if event.stage != self._stage or self._task is None:
+        title = _title(event)
+        if title != self._title or self._task is None:
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._stage = event.stage
-            self._task = self._progress.add_task(event.stage, total=event.total, text="")
+            self._title = title
+            self._task = self._progress.add_task(title, total=event.total, text="")
         text = progress_text(event) if event.total and event.done else ""
         self._progress.update(self._task, completed=event.done, total=event.total, text=text)
+
+
+def _title(event: Event) -> str:
+    return f"{event.part}: {event.stage}" if event.part else event.stage
 
 
 def progress_text(event: Event) -> str:

@@ -18,7 +18,8 @@ class State(StrEnum):
 NEXT: Mapping[State, frozenset[State]] = MappingProxyType(
     {
         State.QUEUED: frozenset({State.RUNNING, State.CANCELLED}),
-        State.RUNNING: frozenset({State.DONE, State.FAILED, State.CANCELLED}),
+        # Back to the queue: its worker was stopped, or died for the first time.
+        State.RUNNING: frozenset({State.DONE, State.FAILED, State.CANCELLED, State.QUEUED}),
         State.DONE: frozenset(),
         State.FAILED: frozenset(),
         State.CANCELLED: frozenset(),

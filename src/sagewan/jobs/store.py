@@ -2,81 +2,25 @@
 
 import contextlib
 import json
-import os
-import platform
 import sqlite3
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-from platformdirs import user_data_path
-
 from sagewan.errors import RequestError, StateError
+from sagewan.jobs.processes import Process
+from sagewan.jobs.records import Job, JobEvent, job_of, prepare_tables
 from sagewan.jobs.states import NEXT, State
 from sagewan.plan.request import Request
-from sagewan.plan.serialize import request_from_json, request_to_json
+from sagewan.plan.serialize import request_to_json
 
-SCHEMA = 1
-_TABLES = """
-CREATE TABLE IF NOT EXISTS jobs (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    created REAL NOT NULL, started REAL, finished REAL,
-    state TEXT NOT NULL,
-    request TEXT NOT NULL, plan TEXT, report TEXT, error TEXT,
-    cancel INTEGER NOT NULL DEFAULT 0,
-    host TEXT, pid INTEGER, pid_started REAL
-);
-CREATE TABLE IF NOT EXISTS events (
-    job INTEGER NOT NULL REFERENCES jobs (id),
-    at REAL NOT NULL, stage TEXT NOT NULL, done INTEGER NOT NULL, total INTEGER
-);
-CREATE INDEX IF NOT EXISTS events_of_job ON events (job);
-"""
 # Seconds to wait for another process to finish its transaction.
 _BUSY = 5.0
-# Seconds by which two readings of one process's start may differ; the boot is told in whole ones.
-_SAME_START = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One record. Times are seconds since 1970; ``plan`` and ``report`` the JSON of the run."""
-
-    id: int
-    created: float
-    started: float | None
-    finished: float | None
-    state: State
-    request: Mapping[str, Any]
-    plan: Mapping[str, Any] | None
-    report: Mapping[str, Any] | None
-    error: str | None
-    cancel: bool
-
-    def to_request(self) -> Request:
-        """The request as a value. RequestError if a newer version wrote it."""
-        return request_from_json(self.request)
-
-
-@dataclass(frozen=True)
-class JobEvent:
-    """A job reached ``done`` of ``total`` steps of a stage at a time (seconds since 1970)."""
-
-    at: float
-    stage: str
-    done: int
-    total: int | None
-
-
-def default_path() -> Path:
-    """Where the command line and the app keep their jobs: ``SAGEWAN_DATA``, or the user's data."""
-    chosen = os.environ.get("SAGEWAN_DATA")
-    folder = Path(chosen).expanduser() if chosen else user_data_path("sagewan", False)
-    return folder / "jobs.sqlite"
+# A job of the queue whose process died is tried once more; a second death is its own doing.
+MAX_ATTEMPTS = 2
+_DIED = "its process ended unexpectedly"
 
 
 class Store:
@@ -88,11 +32,8 @@ class Store:
         self._db = sqlite3.connect(path, timeout=_BUSY, isolation_level=None)
         self._db.row_factory = sqlite3.Row
         try:
-            self._refuse_newer()
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.executescript(_TABLES)
-            self._db.execute(f"PRAGMA user_version = {SCHEMA}")
-            self.fail_abandoned()
+            prepare_tables(self._db)
+            self.settle_abandoned()
         except sqlite3.Error:
             self._db.close()
             raise
@@ -109,7 +50,7 @@ class Store:
         self._db.close()
 
     def add(self, request: Request) -> int:
-        """A new job in the queue; its number."""
+        """A new job that its own process will start; its number."""
         cursor = self._db.execute(
             "INSERT INTO jobs (created, state, request) VALUES (?, ?, ?)",
             (time.time(), State.QUEUED, json.dumps(request_to_json(request))),
@@ -119,15 +60,16 @@ class Store:
 
     def start(self, job: int) -> None:
         """This process runs the job from now on."""
-        process = psutil.Process()
+        process = Process.this()
         self._move(
             job,
             State.RUNNING,
             started=time.time(),
-            host=platform.node(),
+            host=process.host,
             pid=process.pid,
-            pid_started=_started(process),
+            pid_started=process.started,
         )
+        self._db.execute("UPDATE jobs SET attempts = attempts + 1 WHERE id = ?", (job,))
 
     def finish(
         self,
@@ -139,7 +81,15 @@ class Store:
     ) -> None:
         """The job ended. Raises StateError if it was not running."""
         text = None if report is None else json.dumps(report)
-        self._move(job, state, finished=time.time(), report=text, error=error)
+        self._move(
+            job,
+            state,
+            only_from=State.RUNNING,
+            finished=time.time(),
+            report=text,
+            error=error,
+        )
+        self._db.execute("DELETE FROM previews WHERE job = ?", (job,))
 
     def cancel(self, job: int) -> State:
         """Take a job out of the queue, or ask the process that runs it to stop; its state then.
@@ -165,48 +115,71 @@ class Store:
         """The plan that the job runs by; a later one replaces it."""
         self._db.execute("UPDATE jobs SET plan = ? WHERE id = ?", (json.dumps(plan), job))
 
-    def add_event(self, job: int, stage: str, done: int, total: int | None) -> None:
+    def add_event(self, job: int, event: JobEvent) -> None:
         """The job reached a stage, or a step of it."""
         self._db.execute(
-            "INSERT INTO events (job, at, stage, done, total) VALUES (?, ?, ?, ?, ?)",
-            (job, time.time(), stage, done, total),
+            "INSERT INTO events (job, at, stage, done, total, part, seconds, seconds_left, memory) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                job,
+                event.at,
+                event.stage,
+                event.done,
+                event.total,
+                event.part,
+                event.seconds,
+                event.seconds_left,
+                event.memory,
+            ),
         )
+
+    def add_log(self, job: int, text: str) -> None:
+        """One more line, or several, of what is said while the job runs."""
+        self._db.execute("UPDATE jobs SET log = log || ? WHERE id = ?", (text + "\n", job))
 
     def job(self, job: int) -> Job:
         """One record. RequestError if there is none of that number."""
         row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job,)).fetchone()
         if row is None:
             raise RequestError(f"job={job}: there is none of that number; see sagewan jobs list")
-        return _job(row)
+        return job_of(row)
 
     def jobs(self, limit: int = 20) -> list[Job]:
         """The latest records, the newest first."""
         rows = self._db.execute("SELECT * FROM jobs ORDER BY id DESC LIMIT ?", (limit,))
-        return [_job(row) for row in rows]
+        return [job_of(row) for row in rows]
 
     def events(self, job: int) -> list[JobEvent]:
         """What was noted of a job, in order."""
         rows = self._db.execute(
-            "SELECT at, stage, done, total FROM events WHERE job = ? ORDER BY rowid", (job,)
+            "SELECT at, stage, done, total, part, seconds, seconds_left, memory "
+            "FROM events WHERE job = ? ORDER BY rowid",
+            (job,),
         )
         return [JobEvent(*row) for row in rows]
 
-    def _refuse_newer(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA:
-            raise sqlite3.DatabaseError("a newer version of sagewan wrote it")
-
-    def fail_abandoned(self) -> None:
-        """Jobs whose process died without a word are failed, so that none runs for ever."""
+    def settle_abandoned(self) -> None:
+        """Jobs whose process died without a word don't run for ever: one of the queue goes back to
+        it, once; any other is failed, and one that was to be cancelled is."""
         rows = self._db.execute(
-            "SELECT id, pid, pid_started FROM jobs WHERE state = ? AND host = ?",
-            (State.RUNNING, platform.node()),
+            "SELECT id, host, pid, pid_started, cancel, owner, attempts FROM jobs WHERE state = ?",
+            (State.RUNNING,),
         ).fetchall()
         for row in rows:
-            if not _alive(row["pid"], row["pid_started"]):
+            process = Process(row["host"], row["pid"], row["pid_started"])
+            if process.is_here and not process.alive:
                 # Another process may have seen it first.
                 with contextlib.suppress(StateError):
-                    self.finish(row["id"], State.FAILED, error="its process ended unexpectedly")
+                    self._settle(row)
+
+    def _settle(self, row: sqlite3.Row) -> None:
+        if row["cancel"]:
+            self.finish(row["id"], State.CANCELLED)
+        elif row["owner"] is not None and row["attempts"] < MAX_ATTEMPTS:
+            self._move(row["id"], State.QUEUED, only_from=State.RUNNING)
+        else:
+            twice = ", twice" if row["attempts"] >= MAX_ATTEMPTS else ""
+            self.finish(row["id"], State.FAILED, error=_DIED + twice)
 
     def _move(
         self, job: int, state: State, *, only_from: State | None = None, **values: object
@@ -223,38 +196,3 @@ class Store:
         )
         if cursor.rowcount != 1:
             raise StateError(f"job {job} is {self.job(job).state} and can't become {state}")
-
-
-def _alive(pid: int, started: float) -> bool:
-    # A number is given again to another process, which then began at another time.
-    try:
-        return abs(_started(psutil.Process(pid)) - started) < _SAME_START
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
-
-
-def _started(process: psutil.Process) -> float:
-    """When a process began, in seconds, the same however the clock is set in between."""
-    # Linux counts from the boot, and psutil adds the time of the boot by the clock of now.
-    boot = psutil.boot_time() if psutil.LINUX else 0.0
-    return float(process.create_time() - boot)
-
-
-def _job(row: sqlite3.Row) -> Job:
-    def parsed(column: str) -> Any:
-        return None if row[column] is None else json.loads(row[column])
-
-    return Job(
-        id=row["id"],
-        created=row["created"],
-        started=row["started"],
-        finished=row["finished"],
-        state=State(row["state"]),
-        request=parsed("request"),
-        plan=parsed("plan"),
-        report=parsed("report"),
-        error=row["error"],
-        cancel=bool(row["cancel"]),
-    )

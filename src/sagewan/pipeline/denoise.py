@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,6 +83,7 @@ def denoise(
                     prediction = forward.guided(latents, time, _guidance(index, plan))
             except ImplementationError as failure:
                 raise RowFailed(before, failure) from failure
+            watch.show(step + 1, partial(_expected, forward, latents, time, prediction))
             latents = sampler.step(prediction, time, latents)
             if not torch.isfinite(latents).all():
                 raise NotFinite(before)
@@ -187,6 +189,12 @@ class _Forward:
         if self.conditions.latents is not None:
             times[0] = 0
         return times.reshape(1, -1)
+
+
+def _expected(forward: _Forward, latents: Tensor, time: Tensor, prediction: Tensor) -> Tensor:
+    """The video as it looks to the model at this time: along the flow, straight to its end."""
+    end = latents - float(time) / TRAIN_STEPS * prediction
+    return _with_first_frame(end, forward.plan, forward.conditions)
 
 
 def _with_first_frame(latents: Tensor, plan: Plan, conditions: Conditions) -> Tensor:

@@ -1,7 +1,7 @@
 """H.264 in mp4, streamed frame by frame, with the settings that made it inside the file."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,20 @@ def _yuv(frame: "NDArray[np.uint8]") -> "av.VideoFrame":
         # Chroma is the mean of its four pixels; the sharper filters ring at coloured edges.
         interpolation=Interpolation.AREA,
     )
+
+
+def read_frames(path: Path) -> "Iterator[NDArray[np.uint8]]":
+    """The frames of a video that :func:`write_video` wrote, uint8 RGB [H, W, 3], as they come."""
+    import av
+    import numpy as np
+    from av.video.reformatter import Colorspace, Interpolation
+
+    with av.open(str(path.absolute())) as container:
+        for frame in container.decode(video=0):
+            rgb = frame.reformat(
+                format="rgb24", src_colorspace=Colorspace.ITU709, interpolation=Interpolation.AREA
+            )
+            yield rgb.to_ndarray().astype(np.uint8, copy=False)
 
 
 def metadata_of(

@@ -26,6 +26,17 @@ def peak_device_bytes(device: Device) -> int | None:
     return _peak_of_process()
 
 
+def device_bytes(device: Device) -> int:
+    """What torch holds on a GPU now; on a CPU what this process holds."""
+    if device.is_cuda:
+        import torch
+
+        return torch.cuda.memory_allocated(device.torch_name)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def _peak_of_process() -> int | None:
     if sys.platform == "win32":
         import psutil

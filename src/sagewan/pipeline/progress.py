@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sagewan.errors import Cancelled
 from sagewan.plan.plan import Plan
@@ -20,10 +21,12 @@ class Event:
     """Where a run stands: ``done`` of ``total`` steps of a stage (``total`` None: not counted).
 
     ``seconds`` is the time since the stage began; ``seconds_left`` the estimate of what remains
-    of it, None while nothing is known. ``plan`` comes with the event of a new plan.
+    of it, None while nothing is known. ``plan`` comes with the event of a new plan; ``part`` says
+    which video it is where several are made.
     """
 
     stage: str
+    part: str | None = None
     done: int = 0
     total: int | None = None
     seconds: float = 0.0
@@ -49,8 +52,13 @@ class Watch:
     Listeners receive an :class:`Event` at each stage and step, on the thread that runs.
     """
 
-    def __init__(self, on_event: Callable[[Event], None] | None = None) -> None:
+    def __init__(
+        self, on_event: Callable[[Event], None] | None = None, *, part: str | None = None
+    ) -> None:
+        self._part = part
         self._listeners = [on_event] if on_event else []
+        self._viewers: list[Callable[[int, bytes], None]] = []
+        self._drawer: Callable[[Any], bytes] | None = None
         self._questions: list[Callable[[], bool]] = []
         self._asked = -float("inf")
         self._cancelled = threading.Event()
@@ -65,6 +73,40 @@ class Watch:
     def listen(self, on_event: Callable[[Event], None]) -> None:
         """One more listener."""
         self._listeners.append(on_event)
+
+    def show_to(self, viewer: Callable[[int, bytes], None]) -> None:
+        """One more viewer of previews: the step, and what the video looks like then, as WebP."""
+        self._viewers.append(viewer)
+
+    @property
+    def is_viewed(self) -> bool:
+        """Whether anyone wants previews, which cost a little."""
+        return bool(self._viewers)
+
+    def draw_with(self, drawer: Callable[[Any], bytes]) -> None:
+        """How latents become a preview."""
+        self._drawer = drawer
+
+    def show(self, step: int, latents: Callable[[], Any]) -> None:
+        """The latents expected after this step; computed only if somebody looks."""
+        if self._viewers and self._drawer:
+            image = self._drawer(latents())
+            for viewer in self._viewers:
+                viewer(step, image)
+
+    def for_part(self, part: str) -> "Watch":
+        """A watch for one of several videos, with clocks of its own and these listeners."""
+        child = Watch(part=part)
+        child._listeners, child._viewers = self._listeners, self._viewers
+        child.stop_when(self._is_stopped)
+        return child
+
+    def _is_stopped(self) -> bool:
+        try:
+            self.check()
+        except Cancelled:
+            return True
+        return False
 
     def stop_when(self, question: Callable[[], bool]) -> None:
         """Ask now and then whether to stop, for a wish that lies in another process."""
@@ -123,6 +165,7 @@ class Watch:
             left = seconds / self._done * (self._total - self._done)
         event = Event(
             stage=self._stage or "",
+            part=self._part,
             done=self._done,
             total=self._total,
             seconds=seconds,

@@ -77,6 +77,13 @@ def generate(request: Request, *, watch: Watch | None = None) -> Result:
     return execute(prepare(request, watch), watch)
 
 
+def with_seed(request: Request) -> Request:
+    """The request with a seed: its own, or one drawn now."""
+    if request.seed is not None:
+        return request
+    return replace(request, seed=secrets.randbelow(_SEEDS))
+
+
 def prepare(request: Request, watch: Watch, *, session: "Session | None" = None) -> Prepared:
     """Refuse what is wrong and decide the rest; a seed is drawn if none is given. What a session
     holds of the machine's memory counts as free: it will be used, or given back."""
@@ -86,8 +93,7 @@ def prepare(request: Request, watch: Watch, *, session: "Session | None" = None)
     from sagewan.pipeline.probe import probe
 
     watch.stage(DECIDE)
-    if request.seed is None:
-        request = replace(request, seed=secrets.randbelow(_SEEDS))
+    request = with_seed(request)
     check_outputs(request)
     model = find_model(request.model)
     loras = find_loras(request.lora, model)
@@ -127,6 +133,7 @@ def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     from sagewan.attention.launch import Launcher
     from sagewan.pipeline.build import build
     from sagewan.pipeline.conditions import conditions_key, encode
+    from sagewan.pipeline.preview import preview_of
     from sagewan.pipeline.recover import LatentsRejectedError, Recovery
 
     plan = prepared.plan
@@ -140,6 +147,8 @@ def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     conditions = session.conditions(
         conditions_key(plan), lambda: encode(components, plan, prepared.pictures)
     )
+    if watch.is_viewed:
+        watch.draw_with(preview_of(components, plan))
     recovery = Recovery(prepared.decision, components, conditions, watch)
     wrong: str | None = None
     try:

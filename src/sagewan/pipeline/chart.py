@@ -1,0 +1,41 @@
+"""Bar charts as SVG, written by hand: a few rectangles need no library."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+
+_WIDTH, _BAR, _GAP, _LEFT, _RIGHT, _HEAD = 720, 18, 8, 260, 90, 34
+_COLOURS = ("#4f46e5", "#0d9488", "#d97706", "#db2777")
+
+
+def bars(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> str:
+    """One group of horizontal bars for each series, a bar for each name; None has no bar. Each
+    group begins at zero and ends at its own largest value."""
+    group = _HEAD + len(names) * (_BAR + _GAP)
+    height = group * len(series) + _GAP
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        f'width="{_WIDTH}" height="{height}" role="img" font-family="system-ui, sans-serif" '
+        f'font-size="13"><title>{escape(", ".join(series))}</title>'
+        f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>'
+    )
+    parts = [head]
+    for index, (title, values) in enumerate(series.items()):
+        parts += _group(title, names, values, index * group)
+    return "\n".join((*parts, "</svg>")) + "\n"
+
+
+def _group(
+    title: str, names: Sequence[str], values: Sequence[float | None], top: int
+) -> Iterator[str]:
+    most = max((value for value in values if value), default=0.0)
+    yield f'<text x="{_GAP}" y="{top + 24}" font-weight="600">{escape(title)}</text>'
+    for row, (name, value) in enumerate(zip(names, values, strict=True)):
+        y = top + _HEAD + row * (_BAR + _GAP)
+        length = (_WIDTH - _LEFT - _RIGHT) * (value or 0) / most if most else 0
+        shown = "–" if value is None else f"{value:.3g}"
+        yield (
+            f'<text x="{_LEFT - 10}" y="{y + 14}" text-anchor="end">{escape(name)}</text>'
+            f'<rect x="{_LEFT}" y="{y}" width="{length:.1f}" height="{_BAR}" rx="3" '
+            f'fill="{_COLOURS[row % len(_COLOURS)]}"/>'
+            f'<text x="{_LEFT + length + 6:.1f}" y="{y + 14}">{shown}</text>'
+        )

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagewan.attention.launch import Launcher
-from sagewan.model.attention import Attention, Turn, rotate
+from sagewan.model.attention import Attention, Turn
+from sagewan.model.block import rotate
+from sagewan.model.transformer import install
 from sagewan.plan.attention import AttentionPlan, Choice
 from sagewan.plan.catalogue import Problem, row_named
 from tests.shrunken import CLIP_DIM, TEXT_DIM, transformer
@@ -63,7 +65,7 @@ def test_sdpa_is_bit_for_bit_what_diffusers_computes(name: str, dtype: torch.dty
     given_inputs = inputs(name, dtype)
     expected = model(**given_inputs, return_dict=False)[0]
     attention = Attention(Launcher())
-    attention.install(model)
+    install(model, attention)
     with attention.during(Turn(PLAN, 1, lambda: None)):
         assert torch.equal(model(**given_inputs, return_dict=False)[0], expected)
     assert expected.dtype == dtype
@@ -75,7 +77,7 @@ def test_each_layer_and_step_gets_its_choice(monkeypatch: pytest.MonkeyPatch) ->
     plan = replace(PLAN, ends=ends, first=1, last=1, keep_layers=frozenset({1}))
     model = transformer("wan2.1-t2v-14b", 0)
     attention = Attention(Launcher())
-    attention.install(model)
+    install(model, attention)
     turn = Turn(plan, 4, lambda: None)
     with seen(monkeypatch) as choices, torch.inference_mode(), attention.during(turn):
         for turn.step in range(4):
@@ -99,7 +101,7 @@ def test_the_check_comes_once_a_block_and_its_error_passes() -> None:
     model = transformer("wan2.1-t2v-14b", 0)
     launcher = Launcher()
     attention = Attention(launcher)
-    attention.install(model)
+    install(model, attention)
     with pytest.raises(StopError), torch.inference_mode(), attention.during(Turn(PLAN, 1, check)):
         model(**inputs("t2v", torch.float32))
     # The second block was entered and not attended.
@@ -108,17 +110,9 @@ def test_the_check_comes_once_a_block_and_its_error_passes() -> None:
 
 def test_a_transformer_outside_a_run_is_a_mistake() -> None:
     model = transformer("wan2.1-t2v-14b", 0)
-    Attention(Launcher()).install(model)
+    install(model, Attention(Launcher()))
     with pytest.raises(RuntimeError, match=r"outside Attention\.during"):
         model(**inputs("t2v", torch.float32))
-
-
-def test_masks_are_rejected() -> None:
-    model = transformer("wan2.1-t2v-14b", 0)
-    Attention(Launcher()).install(model)
-    for block in (model.blocks[0].attn1, model.blocks[0].attn2):
-        with pytest.raises(ValueError, match="no mask"):
-            block(torch.zeros(1, 2, 256), attention_mask=torch.ones(2, 2))
 
 
 def angles(tokens: int, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -106,7 +106,10 @@ def test_frames(name: str, count: int, shrunken_folder: Folder, pictures: dict[s
     plan = plan_for(shrunken_folder(name), frames=13, **with_pictures(count, pictures))
     ours = np.stack(list(decode(build(plan, Launcher()), plan, latents_of(plan), FrameGuard())))
     theirs = pipeline_of(plan)(**arguments_of(plan), output_type="np").frames[0]
-    assert np.array_equal(ours, np.round(theirs * 255).astype(np.uint8))
+    steps = np.abs(ours.astype(int) - np.round(theirs * 255))
+    # TI2V's two times are embedded once, not for each token: float32's last bit may differ.
+    assert steps.max() <= (1 if plan.model.expand_timesteps else 0)
+    assert steps.mean() < 1e-3
     assert ours.std() > 10
 
 
@@ -214,8 +217,8 @@ def test_a_planted_change_of_the_attention_is_seen(
 ) -> None:
     plan = plan_for(shrunken_folder("wan2.1-t2v-1.3b"))
     exact = latents_of(plan)
-    unturned = {"rotate": lambda x, *_: x, "_attend": lambda q, *_: q.flatten(2)}
-    monkeypatch.setattr(f"sagewan.model.attention.{part}", unturned[part])
+    unturned = {"rotate": lambda x, *_, out: out.copy_(x), "_attend": lambda q, *_: q.flatten(2)}
+    monkeypatch.setattr(f"sagewan.model.block.{part}", unturned[part])
     assert difference(latents_of(plan), exact) > SEEN
 
 

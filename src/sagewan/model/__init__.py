@@ -1,1 +1,1 @@
-"""What we change in diffusers' WanTransformer3DModel: its attention, and nothing else."""
+"""What we change in diffusers' WanTransformer3DModel: its forward passes, with its weights."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sagewan.attention.resolve import ImplementationError
 from sagewan.model.attention import Turn
+from sagewan.model.transformer import install
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import Conditions
 from sagewan.pipeline.progress import Watch
@@ -136,7 +137,7 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
                 stack.close()
                 part = components.transformers[index]
                 transformer = stack.enter_context(part.on(plan.device.torch_name))
-                components.attention.install(transformer)
+                install(transformer, components.attention)
                 held[index] = transformer
             return held[index]
 

@@ -1,0 +1,86 @@
+"""The forward pass of diffusers' WanTransformer3DModel, with its weights and in its arithmetic
+(diffusers 0.42, models/transformers/transformer_wan.py), in less memory.
+
+Against diffusers' own: times are computed once for all tokens that share one, and the last norm
+and projection go by chunks of tokens, as the blocks do.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sagewan.model.attention import Attention
+from sagewan.model.block import Block, chunks, modulated
+from sagewan.model.times import Modulation, Times
+
+
+def install(transformer: Any, attention: Attention) -> None:
+    """Let a WanTransformer3DModel and its blocks run by our forward passes, with this attention;
+    installed again, by the new one."""
+    for layer, block in enumerate(transformer.blocks):
+        block.forward = Block(block, attention, layer)
+    transformer.forward = Transformer(transformer, attention)
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """The forward pass of a whole transformer."""
+
+    model: Any
+    attention: Attention
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """Latents [1, C, F, H, W], times [1] or, for TI2V, [1, tokens], text [1, 512, D] and CLIP's
+        tokens [P, 257, D] → (the prediction [1, C', F, H, W],)."""
+        if return_dict:
+            raise ValueError("return_dict is not taken: the prediction comes in a tuple")
+        model = self.model
+        rotary = model.rope(hidden_states)
+        hidden = model.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        times = Times.of(timestep, hidden.shape[1])
+        embedded, vectors, text = self._conditions(
+            times, encoder_hidden_states, encoder_hidden_states_image
+        )
+        for block in model.blocks:
+            hidden = block(hidden, text, Modulation(vectors, times.bounds), rotary)
+        table = model.scale_shift_table.unsqueeze(0) + embedded.unsqueeze(2)
+        out = self._projected(hidden, Modulation(table, times.bounds))
+        return (self._unpatched(out, hidden_states.shape),)
+
+    def _conditions(
+        self, times: Times, text: Tensor, picture: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The time's embedding [1, T, W], its vectors for the blocks [1, T, 6, W], and what is
+        attended to: the text behind the picture."""
+        embedded, vectors, text, picture = self.model.condition_embedder(
+            times.values, text, picture, timestep_seq_len=len(times.values)
+        )
+        if picture is not None:
+            text = torch.cat([picture, text], dim=1)
+        return embedded, vectors.unflatten(2, (6, -1)), text
+
+    def _projected(self, hidden: Tensor, times: Modulation) -> Tensor:
+        """The last norm and projection, [1, N, W] → [1, N, C'·patch]."""
+        parts = []
+        for start, stop in chunks(hidden.shape[1], self.attention.turn.chunk):
+            shift, scale = times.at(start, stop)
+            x = modulated(self.model.norm_out, hidden[:, start:stop], shift, scale)
+            parts.append(self.model.proj_out(x))
+        return torch.cat(parts, dim=1)
+
+    def _unpatched(self, out: Tensor, shape: torch.Size) -> Tensor:
+        """Tokens [1, N, C'·f·h·w] → latents [1, C', F, H, W]."""
+        patch = self.model.config.patch_size
+        counts = [size // step for size, step in zip(shape[2:], patch, strict=True)]
+        pieces = out.reshape(1, *counts, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        latents: Tensor = pieces.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return latents

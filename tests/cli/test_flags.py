@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from sagewan.cli import Parser
-from sagewan.cli.flags import _PARSE, FLAGS, add_request_flags, flag_of, request_from
+from sagewan.cli.flags import FLAGS, add_request_flags, flag_of, request_from
 from sagewan.errors import RequestError
 from sagewan.pipeline import export
 from sagewan.plan.lora import Lora
+from sagewan.plan.parse import PARSE
 from sagewan.plan.request import Ends, Request
 from sagewan.plan.serialize import field_types
 
@@ -42,7 +43,7 @@ def test_every_flag_has_its_fields_name_and_a_help() -> None:
 
 
 def test_every_type_of_a_field_can_be_parsed() -> None:
-    assert set(field_types().values()) - {bool} <= set(_PARSE)
+    assert set(field_types().values()) - {bool} <= set(PARSE)
 
 
 EXAMPLES: dict[str, tuple[str, Any]] = {

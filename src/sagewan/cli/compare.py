@@ -5,11 +5,12 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
-from sagewan.cli.flags import FLAGS, REPEATED, add_request_flags, parsed, request_from
+from sagewan.cli.flags import FLAGS, add_request_flags, request_from
 from sagewan.cli.generate import stopped_by_signals
 from sagewan.cli.show import shown
 from sagewan.errors import RequestError
 from sagewan.pipeline.progress import Watch
+from sagewan.plan.parse import REPEATED, parsed
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import field_types, request_to_json
 

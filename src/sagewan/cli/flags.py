@@ -1,16 +1,16 @@
 """One flag for each field of a request, matched by name."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sagewan.errors import RequestError
-from sagewan.plan.lora import Lora
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.modes import AUTO, MODES, PRESETS
-from sagewan.plan.request import SCHEDULERS, Ends, Request, parse_layers, parse_size
+from sagewan.plan.parse import REPEATED, parsed
+from sagewan.plan.request import SCHEDULERS, Request
 from sagewan.plan.serialize import field_types, settings_from_json
 
 
@@ -59,27 +59,6 @@ FLAGS: Mapping[str, Flag] = {
     "metadata": Flag("", "keep the settings, with the paths they name, inside the video"),
     "report": Flag("FILE", "write what ran, as JSON"),
 }
-
-
-def _whole_number(text: str) -> int:
-    if not text.removeprefix("-").isdecimal():
-        raise ValueError(text)
-    return int(text)
-
-
-# From a flag's text to a field's value; ValueError where it is not one.
-_PARSE: Mapping[Any, tuple[Callable[[str], Any], str]] = {
-    str: (str, "text"),
-    int: (_whole_number, "a whole number"),
-    float: (float, "a number"),
-    Path: (Path, "a file"),
-    Ends: (Ends.parse, "MODE:FIRST,LAST"),
-    tuple[int, int]: (parse_size, "WIDTHxHEIGHT"),
-    tuple[int, ...]: (parse_layers, "layer numbers"),
-    tuple[Lora, ...]: (lambda texts: tuple(map(Lora.parse, texts)), "FILE or FILE:STRENGTH"),
-}
-# The types of fields whose flag may be given several times, once for each item.
-REPEATED = (tuple[Lora, ...],)
 
 
 def flag_of(field: str) -> str:
@@ -131,17 +110,3 @@ def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) ->
             raise RequestError('prompt is missing: say what to show, such as "a red ball"')
         values["prompt"] = prompt
     return Request(**values)
-
-
-def parsed(field: str, value: Any) -> Any:
-    """A field's value from what argparse gives: a switch, a text, or the texts of a repeated
-    flag. RequestError if it is of another kind."""
-    if isinstance(value, bool):
-        return value
-    parse, kind = _PARSE[field_types()[field]]
-    try:
-        return parse(value)
-    except RequestError:
-        raise
-    except ValueError:
-        raise RequestError(f"{field}={value}: write {kind}") from None

@@ -2,23 +2,14 @@
 
 import argparse
 import json
-from dataclasses import replace
-from pathlib import Path
 
 from sagewan.cli.flags import add_request_flags, request_from
 from sagewan.cli.show import counted
 from sagewan.plan.attention import Choice
-from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB
-from sagewan.plan.models import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
-from sagewan.plan.plan import Plan, make_plan
+from sagewan.plan.plan import Plan
 from sagewan.plan.pretend import CARDS, pretend
-from sagewan.plan.request import Request
 from sagewan.plan.serialize import plan_to_json
-
-# What a plan does not depend on, where it is not given.
-_ANY_PROMPT = "any prompt"
-_ANY_PICTURE = Path("any picture")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,36 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan as a table or as JSON."""
-    from sagewan.checkpoint.find import find_model
-    from sagewan.checkpoint.lora import find_loras
-    from sagewan.pipeline.decide import stored_evidence
+    from sagewan.pipeline.draft import ANY_PROMPT, draft_plan
     from sagewan.pipeline.probe import probe
 
-    request = request_from(arguments, prompt=_ANY_PROMPT)
-    model = find_model(request.model, need_files=False)
-    if request.prompt == _ANY_PROMPT:
-        model = replace(model, words={})
     here = probe()
     hardware = pretend(here, gpu=arguments.gpu, vram=arguments.vram)
-    request = _with_picture(request, model)
-    loras = find_loras(request.lora, model)
-    plan = make_plan(request, model, hardware, Evidence(), loras)
-    if hardware is here:
-        plan = make_plan(request, model, hardware, stored_evidence(plan, hardware), loras)
+    request = request_from(arguments, prompt=ANY_PROMPT)
+    plan = draft_plan(request, hardware, real=hardware is here)
     if arguments.json:
         print(json.dumps(plan_to_json(plan), indent=2))
     else:
         _print(plan)
     return 0
-
-
-def _with_picture(request: Request, model: Model) -> Request:
-    """A model that starts from pictures is planned without them just as well."""
-    if TEXT_TO_VIDEO not in model.tasks:
-        request = replace(request, image=request.image or _ANY_PICTURE)
-        if IMAGE_TO_VIDEO not in model.tasks:
-            request = replace(request, last_image=request.last_image or _ANY_PICTURE)
-    return request
 
 
 def _print(plan: Plan) -> None:

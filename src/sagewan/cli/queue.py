@@ -75,17 +75,15 @@ def _list(queue: "Queue", arguments: argparse.Namespace) -> str:
 
 
 def _add(queue: "Queue", arguments: argparse.Namespace) -> str:
-    from sagewan.checkpoint.find import find_model
     from sagewan.jobs.outputs import for_queue
     from sagewan.jobs.queue import COMMAND_LINE
+    from sagewan.pipeline.draft import draft_plan
     from sagewan.pipeline.probe import probe
     from sagewan.pipeline.run import with_seed
-    from sagewan.plan.evidence import Evidence
-    from sagewan.plan.plan import make_plan
 
     request = with_seed(request_from(arguments))
     # Refused now, not when its turn comes.
-    make_plan(request, find_model(request.model), probe(), Evidence())
+    draft_plan(request, probe())
     name = request.output.stem if "output" in vars(arguments) else None
     job = queue.enqueue(for_queue(request, name), COMMAND_LINE)
     return f"job {job}: seed {request.seed}"

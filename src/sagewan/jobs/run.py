@@ -6,7 +6,7 @@ import sqlite3
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sagewan.errors import Cancelled, SagewanError, StateError
 from sagewan.jobs.queue import Queue
@@ -17,9 +17,11 @@ from sagewan.pipeline.compare import compare, variants_of
 from sagewan.pipeline.measure import device_bytes
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.pipeline.run import Prepared, Result, execute
-from sagewan.pipeline.session import Session
 from sagewan.plan.plan import Plan
 from sagewan.plan.serialize import plan_to_json
+
+if TYPE_CHECKING:
+    from sagewan.pipeline.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ _NOTE_INTERVAL = 0.5
 
 
 def run_job(
-    store: Store, prepared: Prepared, watch: Watch, *, session: Session | None = None
+    store: Store, prepared: Prepared, watch: Watch, *, session: "Session | None" = None
 ) -> Result:
     """Record and execute a run, with the models of a session if there is one; how it ends is in
     the record, and raised as well.
@@ -50,7 +52,7 @@ def run_job(
 
 
 def run_claimed(
-    queue: Queue, job: Job, session: Session, watch: Watch, stopping: Callable[[], bool]
+    queue: Queue, job: Job, session: "Session", watch: Watch, stopping: Callable[[], bool]
 ) -> None:
     """Run a job that was claimed from the queue, to its end, which is in the record; an unforeseen
     error is raised as well.

@@ -16,7 +16,6 @@ from sagewan.pipeline.files import check_outputs, written_whole
 from sagewan.pipeline.metrics import Likeness, likeness
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.run import Result, execute, prepare, with_seed
-from sagewan.pipeline.session import Session
 from sagewan.pipeline.tiles import Wall
 from sagewan.plan.hardware import GIB
 from sagewan.plan.request import Request
@@ -25,6 +24,8 @@ from sagewan.plan.serialize import fields_from_json
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from sagewan.pipeline.session import Session
 
 MOST = 4
 # What a comparison keeps the same, or decides itself.
@@ -114,7 +115,7 @@ def variants_of(request: Request, changes: Sequence[Mapping[str, Any]]) -> list[
 
 
 def compare(
-    variants: Sequence[Variant], *, watch: Watch, session: Session | None = None
+    variants: Sequence[Variant], *, watch: Watch, session: "Session | None" = None
 ) -> Comparison:
     """Make every video, then the files that compare them: NAME.mp4 with all side by side,
     NAME-difference.mp4, NAME.md, NAME.json and NAME.svg, where the videos are NAME-1.mp4, ….

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sagewan.checkpoint.find import REPOSITORIES, find_model
+from sagewan.checkpoint.folder import PARTS
 from sagewan.errors import CheckpointError, RequestError
 from sagewan.plan.models import PUBLISHED
 from tests.published import VAES, write_folder
@@ -25,8 +26,10 @@ def no_models_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_folder_is_read_as_the_published_model(name: str, tmp_path: Path) -> None:
     folder = write_folder(name, tmp_path / "any name")
-    expected = replace(PUBLISHED[name], name="any name", location=folder)
-    assert find_model(str(folder)) == expected
+    found = find_model(str(folder))
+    assert found == replace(PUBLISHED[name], name="any name", location=folder, parts=found.parts)
+    names = [name for name in PARTS if (folder / name).is_dir()]
+    assert found.parts == {name: folder / name for name in names}
 
 
 @pytest.mark.parametrize("place", ["name", "repository", "cache", "cache without a ref"])
@@ -41,7 +44,8 @@ def test_a_name_finds_its_files(place: str, tmp_path: Path) -> None:
     if place == "cache":
         (cached / "refs").mkdir()
         (cached / "refs" / "main").write_text("abc\n")
-    assert find_model(T2V) == replace(PUBLISHED[T2V], location=folder)
+    found = find_model(T2V)
+    assert found == replace(PUBLISHED[T2V], location=folder, parts=found.parts)
 
 
 def test_every_published_name_has_a_repository() -> None:
@@ -51,7 +55,7 @@ def test_every_published_name_has_a_repository() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_name_without_files_has_its_published_values_if_that_is_enough(name: str) -> None:
     assert find_model(name, need_files=False) == PUBLISHED[name]
-    with pytest.raises(CheckpointError, match=f"hf download {REPOSITORIES[name]} --local-dir"):
+    with pytest.raises(CheckpointError, match=f"sagewan download {name} --from hf"):
         find_model(name)
 
 
@@ -218,17 +222,11 @@ def test_a_folder_that_is_not_a_whole_wan_model_is_refused(case: str, tmp_path: 
 
 
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no such folder, and the names are demo, wan2\.1"):
+    with pytest.raises(CheckpointError, match=r"no such folder or file, and the names are demo"):
         find_model(str(tmp_path / "nowhere"))
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="is empty"):
         find_model(str(tmp_path / "model.safetensors"))
-
-
-def test_the_original_layout_is_recognised(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"_class_name": "WanModel"}')
-    with pytest.raises(CheckpointError, match="Wan-AI's original layout"):
-        find_model(str(tmp_path))
 
 
 def test_a_folder_of_somebody_unknown_is_one_sentence() -> None:

@@ -60,7 +60,7 @@ WRONG = {
     "device": ([PROMPT, "--device", "tpu"], "use auto, cpu, cuda"),
     "absent device": ([PROMPT, "--device", "cuda:77"], "this machine has"),
     "no model": ([PROMPT, "--model", "nowhere"], "there is no such folder"),
-    "model not here": ([PROMPT, "--model", "wan2.1-t2v-14b"], "hf download"),
+    "model not here": ([PROMPT, "--model", "wan2.1-t2v-14b"], "sagewan download"),
     "folder without index": ([PROMPT, "--model", IN / "empty"], "model_index.json"),
     "other pipeline": ([PROMPT, "--model", IN / "flux"], "Flux"),
     "broken index": ([PROMPT, "--model", IN / "broken"], "model_index.json"),

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from sagewan.checkpoint.architecture import Architecture
+from sagewan.checkpoint.describe import Traits, is_published, model_of, nearest
 from sagewan.checkpoint.files import read_json, tensor_files
+from sagewan.checkpoint.infer import config_of
+from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
+from sagewan.checkpoint.source import open_source
 from sagewan.errors import CheckpointError
-from sagewan.plan.models import (
-    FIRST_LAST_FRAME,
-    IMAGE_TO_VIDEO,
-    PUBLISHED,
-    TEXT_TO_VIDEO,
-    Model,
-    Sampling,
-)
+from sagewan.plan.models import Model, Sampling
 from sagewan.plan.request import SCHEDULERS
+
+TRANSFORMERS = ("transformer", "transformer_2")
+WITH_WEIGHTS = {*TRANSFORMERS, VAE, TEXT_ENCODER, IMAGE_ENCODER}
+PARTS = (*TRANSFORMERS, VAE, TEXT_ENCODER, "tokenizer", IMAGE_ENCODER, "image_processor")
+# Parts that every Wan model has, whether its index names them or not.
+_ALWAYS = ("transformer", VAE, TEXT_ENCODER, "tokenizer")
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
@@ -79,76 +82,77 @@ def open_folder(path: Path) -> Folder:
     return Folder(path, index)
 
 
-def read_model(path: Path, name: str | None = None) -> Model:
+def read_model(path: Path, name: str | None = None, experts: tuple[Path, ...] = ()) -> Model:
     """The model in a diffusers folder, every file of which is there and whole.
 
-    Raises CheckpointError, one sentence, for anything else. Reads some kilobytes.
+    ``experts`` are weights, elsewhere, that stand in for those of the folder's transformers: one
+    for each, or one for the first alone. Raises CheckpointError, one sentence, for anything else.
+    Reads some kilobytes.
     """
     folder = open_folder(path)
-    config = folder.checked_config("transformer", "WanTransformer3DModel")
-    architecture = Architecture.of(config, path / "transformer" / "config.json")
-    model = _with_sampling(_described(folder, architecture, name or path.name), folder)
-    for component in _weights(folder, model):
-        tensor_files(path / component)
+    parts = dict(_parts(folder, experts))
+    traits = _traits(folder, parts)
+    model = replace(
+        _with_sampling(model_of(traits, name or path.name), folder),
+        location=path,
+        parts=parts,
+        words=_words(path),
+    )
+    for component in WITH_WEIGHTS & parts.keys():
+        tensor_files(parts[component])
     return model
 
 
-def _described(folder: Folder, architecture: Architecture, name: str) -> Model:
+def _parts(folder: Folder, experts: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
+    """Each part and the file or folder that it is in."""
+    for name in PARTS:
+        if folder.has(name) or name in _ALWAYS or _is_processor(folder, name):
+            yield name, folder.path / name
+    yield from zip(TRANSFORMERS, experts, strict=False)
+
+
+def _is_processor(folder: Folder, name: str) -> bool:
+    return name == "image_processor" and (folder.path / name).is_dir()
+
+
+def _traits(folder: Folder, parts: Mapping[str, Path]) -> Traits:
+    architecture = _architecture(folder, parts["transformer"])
     vae = folder.checked_config("vae", "AutoencoderKLWan")
-    channels = _count(vae, "z_dim", 16, folder.path / "vae")
     _check_text_encoder(folder, architecture)
-    expand_timesteps = bool(folder.index.get("expand_timesteps"))
     boundary = _boundary(folder)
-    if boundary is not None:
-        _check_second_expert(folder, architecture)
-    if architecture.image_dim is not None and not folder.has("image_encoder"):
+    if boundary is not None and _architecture(folder, parts["transformer_2"]) != architecture:
+        raise CheckpointError(
+            f"{folder.path}: transformer and transformer_2 have different shapes, so they are not "
+            "the two experts of one model"
+        )
+    _check_image_encoder(folder, architecture)
+    return Traits(
+        architecture=architecture,
+        vae=vae,
+        expand_timesteps=bool(folder.index.get("expand_timesteps")),
+        boundary=boundary,
+        config=parts["transformer"] / "config.json",
+        vae_config=folder.path / "vae" / "config.json",
+    )
+
+
+def _architecture(folder: Folder, transformer: Path) -> Architecture:
+    if transformer.parent == folder.path and transformer.name in TRANSFORMERS:
+        config = folder.checked_config(transformer.name, "WanTransformer3DModel")
+        return Architecture.of(config, transformer / "config.json")
+    return Architecture.of(config_of(open_source(transformer, TRANSFORMER)), transformer)
+
+
+def _check_image_encoder(folder: Folder, architecture: Architecture) -> None:
+    if architecture.image_dim is None:
+        return
+    if not folder.has("image_encoder"):
         raise CheckpointError(
             f"{folder.path}: its transformer wants CLIP's view of a picture, and model_index.json "
             "names no image_encoder: fetch the model again"
         )
-    return Model(
-        name=name,
-        family="wan",
-        tasks=_tasks(folder, architecture, channels, expand_timesteps),
-        layers=architecture.num_layers,
-        heads=architecture.num_attention_heads,
-        head_dim=architecture.attention_head_dim,
-        ffn=architecture.ffn_dim,
-        in_channels=architecture.in_channels,
-        latent_channels=channels,
-        # Wan 2.1's VAE was published before its config held the factors: these are its own.
-        spatial=_count(vae, "scale_factor_spatial", 8, folder.path / "vae"),
-        temporal=_count(vae, "scale_factor_temporal", 4, folder.path / "vae"),
-        patch=architecture.patch_size,
-        image_encoder=architecture.image_dim is not None,
-        expand_timesteps=expand_timesteps,
-        experts=1 if boundary is None else 2,
-        boundary=boundary,
-        parameters=architecture.parameters,
-        location=folder.path,
-        words=_words(folder.path),
-    )
-
-
-def _tasks(
-    folder: Folder, architecture: Architecture, channels: int, expand_timesteps: bool
-) -> tuple[str, ...]:
-    """The tasks follow from the channels the transformer takes: the noisy latents alone, or
-    with the latents of a picture and the mask (one channel for each of 4 frames) beside them."""
-    if expand_timesteps:
-        return (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)
-    if architecture.in_channels == channels:
-        return (TEXT_TO_VIDEO,)
-    if architecture.in_channels != 2 * channels + 4:
-        raise CheckpointError(
-            f"{folder.path / 'transformer' / 'config.json'}: in_channels is "
-            f"{architecture.in_channels}; beside a VAE of {channels} channels Wan takes "
-            f"{channels} (text to video) or {2 * channels + 4} (image to video)"
-        )
-    if architecture.image_dim is None:
-        return (IMAGE_TO_VIDEO, FIRST_LAST_FRAME)
-    # The table of positions spans the tokens of both pictures: such a model can't take one.
-    return (IMAGE_TO_VIDEO,) if architecture.pos_embed_seq_len is None else (FIRST_LAST_FRAME,)
+    folder.config("image_encoder")
+    read_json(folder.path / "image_processor" / "preprocessor_config.json")
 
 
 def _check_text_encoder(folder: Folder, architecture: Architecture) -> None:
@@ -184,28 +188,6 @@ def _boundary(folder: Folder) -> float | None:
     return float(boundary)
 
 
-def _check_second_expert(folder: Folder, first: Architecture) -> None:
-    config = folder.checked_config("transformer_2", "WanTransformer3DModel")
-    if Architecture.of(config, folder.path / "transformer_2" / "config.json") != first:
-        raise CheckpointError(
-            f"{folder.path}: transformer and transformer_2 have different shapes, so they are not "
-            "the two experts of one model"
-        )
-
-
-def _weights(folder: Folder, model: Model) -> Iterator[str]:
-    """The components with weights."""
-    yield "transformer"
-    if model.experts == 2:
-        yield "transformer_2"
-    yield "vae"
-    yield "text_encoder"
-    if model.image_encoder:
-        folder.config("image_encoder")
-        read_json(folder.path / "image_processor" / "preprocessor_config.json")
-        yield "image_encoder"
-
-
 def _with_sampling(model: Model, folder: Folder) -> Model:
     """The settings to use where the user names none: the folder's own, else those of the
     published model it equals, else those of the nearest with the shift of its scheduler."""
@@ -218,20 +200,9 @@ def _with_sampling(model: Model, folder: Folder) -> Model:
             sampling=_own_sampling(settings, own),
         )
     near = nearest(model)
-    if near.parameters == model.parameters and near.layers == model.layers:
+    if is_published(model, near):
         return replace(model, family=near.family, sampling=near.sampling)
     return replace(model, family=near.family, sampling=_rescheduled(near.sampling, folder))
-
-
-def nearest(model: Model) -> Model:
-    """The published model most like this one: first in what it does, then in size."""
-
-    def distance(published: Model) -> tuple[int, float]:
-        traits = ("tasks", "experts", "image_encoder", "expand_timesteps")
-        differing = sum(getattr(published, name) != getattr(model, name) for name in traits)
-        return differing, abs(published.parameters - model.parameters)
-
-    return min(PUBLISHED.values(), key=distance)
 
 
 def _rescheduled(sampling: Sampling, folder: Folder) -> Sampling:
@@ -281,10 +252,3 @@ def _words(path: Path) -> Mapping[str, tuple[str, ...]]:
         for kind, listed in kinds.items():
             words[kind] = (*words.get(kind, ()), *map(str, listed))
     return words
-
-
-def _count(config: Mapping[str, Any], key: str, default: int, folder: Path) -> int:
-    value = config.get(key, default)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{folder / 'config.json'}: {key} is {value!r}, which is no count")
-    return value

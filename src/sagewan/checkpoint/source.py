@@ -104,7 +104,7 @@ def source_of(
     own = {
         name.removeprefix(prefix): stored
         for name, stored in tensors.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(part.unused)
     }
     metadata = {key: value for file in files for key, value in file.metadata.items()}
     weights = weights_of(own, metadata, path, prefix)
@@ -140,7 +140,7 @@ def _entries(
     unknown = []
     for name, renamed in part.rename(weights.keys(), layout).items():
         weight = weights[name]
-        if not renamed and not name.startswith(part.unused) and not is_beside(name):
+        if not renamed and not is_beside(name):
             unknown.append(name)
         for index, new in enumerate(renamed):
             if new in entries:

@@ -5,7 +5,7 @@ never asked. The transformer has the plan's dtype, but for the modules that diff
 float32; the VAE and the CLIP image encoder are float32, as diffusers' examples advise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from sagewan.attention.launch import Launcher
+from sagewan.checkpoint.infer import config_of
 from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
 from sagewan.checkpoint.source import open_source
+from sagewan.checkpoint.tokenizer import load_tokenizer
 from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
 from sagewan.pipeline.fill import check_statistics, damage_told, empty, fill, kept_in_float32
@@ -48,31 +50,29 @@ def build(plan: Plan, launcher: Launcher, session: Session | None = None) -> Com
     Loads the tokenizer; the models follow when they are used, unless the session has them from the
     run before. What else it has is freed.
     """
-    location = plan.model.location
-    if location is None:
+    parts = plan.model.parts
+    if not parts:
         raise CheckpointError(f"model={plan.model.name}: only its name is known, not its files")
     dtype: torch.dtype = getattr(torch, plan.dtype)
     names = ("transformer", "transformer_2")[: plan.model.experts]
     with_picture = plan.model.image_encoder
-    shelf = _Shelf(session or Session(keeps=False), location, plan.dtype)
+    shelf = _Shelf(session or Session(keeps=False), parts, plan.dtype)
     components = Components(
-        tokenizer=_tokenizer(location),
+        tokenizer=_tokenizer(parts["tokenizer"]),
         text_encoder=shelf.part(
-            "text_encoder", lambda: _text_encoder(location, dtype), lambda m: m.encoder.block
+            "text_encoder", partial(_text_encoder, dtype=dtype), lambda m: m.encoder.block
         ),
-        vae=shelf.part("vae", lambda: _vae(location)),
+        vae=shelf.part("vae", _vae),
         transformers=tuple(
             shelf.expert(
                 name,
-                partial(_expert, location, name, dtype),
+                partial(_expert, dtype=dtype),
                 tuple(file for file in plan.loras if index in file.experts),
             )
             for index, name in enumerate(names)
         ),
-        image_encoder=shelf.part("image_encoder", lambda: _image_encoder(location))
-        if with_picture
-        else None,
-        image_processor=_image_processor(location) if with_picture else None,
+        image_encoder=shelf.part("image_encoder", _image_encoder) if with_picture else None,
+        image_processor=_image_processor(parts.get("image_processor")) if with_picture else None,
         attention=Attention(launcher),
     )
     shelf.close()
@@ -84,19 +84,21 @@ class _Shelf:
     """The parts of one model that a session keeps, each under all that its weights depend on."""
 
     session: Session
-    location: Path
+    parts: Mapping[str, Path]
     dtype: str
     _keys: list[tuple[Path, str, str]] = field(default_factory=list)
 
     def part(
-        self, name: str, load: Callable[[], Any], blocks: Callable[[Any], Any] | None = None
+        self, name: str, load: Callable[[Path], Any], blocks: Callable[[Any], Any] | None = None
     ) -> Part:
-        key = (self.location, name, self.dtype)
+        path = self.parts[name]
+        key = (path, name, self.dtype)
         self._keys.append(key)
-        part = Part(name, load, blocks) if blocks else Part(name, load)
+        loaded = partial(load, path)
+        part = Part(name, loaded, blocks) if blocks else Part(name, loaded)
         return self.session.part(key, part)
 
-    def expert(self, name: str, load: Callable[[], Any], loras: tuple[LoraFile, ...]) -> Part:
+    def expert(self, name: str, load: Callable[[Path], Any], loras: tuple[LoraFile, ...]) -> Part:
         """A transformer, with the LoRAs that this run wants on it."""
         part = self.part(name, load, lambda transformer: transformer.blocks)
         part.loras = loras
@@ -107,62 +109,58 @@ class _Shelf:
         self.session.only(self._keys)
 
 
-def _expert(location: Path, name: str, dtype: torch.dtype) -> Any:
+def _expert(path: Path, dtype: torch.dtype) -> Any:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
-    source = open_source(location / name, TRANSFORMER)
-    with damage_told(source.path):
-        transformer = empty(lambda: WanTransformer3DModel.from_config(source.config))
+    source = open_source(path, TRANSFORMER)
+    with damage_told(path):
+        transformer = empty(lambda: WanTransformer3DModel.from_config(config_of(source)))
     return fill(transformer, source, dtype, kept_in_float32(WanTransformer3DModel))
 
 
-def _vae(location: Path) -> Any:
+def _vae(path: Path) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-    source = open_source(location / "vae", VAE)
-    with damage_told(source.path):
-        vae = empty(lambda: AutoencoderKLWan.from_config(source.config))
-        check_statistics(vae.config, source.path)
+    source = open_source(path, VAE)
+    with damage_told(path):
+        vae = empty(lambda: AutoencoderKLWan.from_config(config_of(source)))
+        check_statistics(vae.config, path)
     return fill(vae, source, torch.float32)
 
 
-def _text_encoder(location: Path, dtype: torch.dtype) -> Any:
+def _text_encoder(path: Path, dtype: torch.dtype) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    source = open_source(location / "text_encoder", TEXT_ENCODER)
-    with damage_told(source.path):
-        encoder = empty(lambda: UMT5EncoderModel(UMT5Config.from_dict(dict(source.config or {}))))
+    source = open_source(path, TEXT_ENCODER)
+    with damage_told(path):
+        encoder = empty(lambda: UMT5EncoderModel(UMT5Config.from_dict(config_of(source))))
     # UMT5 was trained in bfloat16 and leaves float16's range, also on cards that compute in it.
     return fill(encoder, source, torch.bfloat16 if dtype == torch.float16 else dtype)
 
 
-def _image_encoder(location: Path) -> Any:
+def _image_encoder(path: Path) -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    source = open_source(location / "image_encoder", IMAGE_ENCODER)
-    with damage_told(source.path):
-        config = CLIPVisionConfig.from_dict(dict(source.config or {}))
+    source = open_source(path, IMAGE_ENCODER)
+    with damage_told(path):
+        config = CLIPVisionConfig.from_dict(config_of(source))
         encoder = empty(lambda: CLIPVisionModel(config))
     return fill(encoder, source, torch.float32)
 
 
-def _tokenizer(location: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = location / "tokenizer"
-    with damage_told(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.pad_token is None:
-        raise CheckpointError(f"{folder} names no padding token: fetch its files again")
-    return tokenizer
+def _tokenizer(path: Path) -> Any:
+    with damage_told(path):
+        return load_tokenizer(path)
 
 
-def _image_processor(location: Path) -> Any:
+def _image_processor(path: Path | None) -> Any:
+    """The one of a folder; without one, CLIP's own settings, which are those of Wan's."""
     import transformers
 
     # Newer releases have two, and the one on Pillow needs no torchvision.
     pillow = hasattr(transformers, "CLIPImageProcessorPil")
     processor = getattr(transformers, "CLIPImageProcessorPil" if pillow else "CLIPImageProcessor")
-    folder = location / "image_processor"
-    with damage_told(folder):
-        return processor.from_pretrained(folder, local_files_only=True)
+    if path is None:
+        return processor()
+    with damage_told(path):
+        return processor.from_pretrained(path, local_files_only=True)

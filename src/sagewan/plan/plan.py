@@ -217,6 +217,7 @@ def _check_ends(request: Request, steps: int) -> None:
 
 def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
     """What the user should know before it runs, in sentences."""
+    yield from plan.model.notes
     if plan.size != plan.grid_size:
         yield (
             f"{plan.size[0]}x{plan.size[1]} is not on the model's grid: generated at "

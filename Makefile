@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check package gpu bench triton-versions docs clean
+.PHONY: demo demo-weights test check package gpu bench triton-versions docs clean
 .DEFAULT_GOAL := demo
 
 # A video and its report from the bundled model, in out/.
@@ -46,6 +46,10 @@ triton-versions: .venv/ready
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
+
+# The demo model's weights and scores, in build/, on a CUDA GPU; demo/README.md says more.
+demo-weights: .venv/ready
+	PYTHONPATH=src PATH=$(CURDIR)/$(BIN):$$PATH demo/all.sh build
 
 # The pictures of the README, made by the commands it shows.
 docs: .venv/ready

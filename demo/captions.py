@@ -1,17 +1,18 @@
 """What the demo model can be told: phrases for every attribute, in English and Chinese.
 
-`describe` writes one random caption of a clip; `canonical` the plain one that scoring uses.
-`vocabulary` lists the words by attribute, for the product to name when it refuses one.
+`describe` writes one random caption of a clip. Of two objects the first named stands on the left,
+unless the caption says the sides. `vocabulary` lists the words by attribute, for the product to
+name when it refuses one. The plain captions that scoring uses are in `sagewan.evaluate.prompts`.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
-import world
-
-Labels = dict[str, str]  # attribute → its name in `world`; left-out attributes are absent
+from sagewan.evaluate import world
+from sagewan.evaluate.prompts import Labels, article
 
 ENGLISH: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {
@@ -36,12 +37,14 @@ ENGLISH_MOTION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "grow": (("grow", "get", "become"), ("bigger", "larger")),
     "shrink": (("shrink", "get", "become"), ("smaller",)),
     "still": (("stay", "stand", "sit", "rest"), ("still",)),
+    "orbit": (("move", "go", "drift", "glide", "circle"), ("in a circle", "in circles", "around")),
+    "bounce": (("bounce", "hop", "jump"), ("",)),
 }
-BARE = {"grow", "shrink", "rise", "fall", "sink", "rest"}  # need no second part
-FORMS = {"move": "moving", "slide": "sliding", "glide": "gliding", "rise": "rising"} | {
-    "become": "becoming",
-}
-DOUBLED = {"get", "sit"}
+# Verbs that need no second part.
+BARE = {"grow", "shrink", "rise", "fall", "sink", "rest", "circle", "bounce", "hop", "jump"}
+ALONE = ("up", "down", "orbit", "bounce")  # motions whose bare verbs take none
+DROPS_E = {"move", "slide", "glide", "rise", "become", "circle", "bounce"}
+DOUBLED = {"get", "sit", "hop"}
 
 CHINESE: dict[str, dict[str, tuple[str, ...]]] = {
     "shape": {
@@ -79,19 +82,18 @@ CHINESE: dict[str, dict[str, tuple[str, ...]]] = {
         "grow": ("变大", "慢慢变大", "越来越大"),
         "shrink": ("变小", "慢慢变小", "越来越小"),
         "still": ("不动", "静止不动", "停着不动", "保持静止"),
+        "orbit": ("转圈", "绕圈", "绕圈移动"),
+        "bounce": ("弹跳", "跳动", "蹦跳"),
     },
 }
-
-
-def _article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
 
 
 def _inflect(verb: str, form: str) -> str:
     """form: "s" (moves), "ing" (moving) or "is" (is moving)."""
     if form == "s":
         return {"go": "goes"}.get(verb, verb + "s")
-    ing = FORMS.get(verb) or (verb + verb[-1] if verb in DOUBLED else verb) + "ing"
+    stem = verb[:-1] if verb in DROPS_E else verb + verb[-1] if verb in DOUBLED else verb
+    ing = stem + "ing"
     return ing if form == "ing" else "is " + ing
 
 
@@ -100,7 +102,7 @@ def _english_motion(motion: str, form: str, rng: random.Random) -> str:
     verb = rng.choice(verbs)
     if motion == "still" and form == "s" and rng.random() < 0.3:
         return "does not move"
-    if verb in BARE and (motion in ("up", "down") or rng.random() < 0.8):
+    if verb in BARE and (motion in ALONE or rng.random() < 0.8):
         return _inflect(verb, form)
     if motion in ("right", "left") and rng.random() < 0.15:
         sides = ("left", "right") if motion == "right" else ("right", "left")
@@ -108,17 +110,34 @@ def _english_motion(motion: str, form: str, rng: random.Random) -> str:
     return f"{_inflect(verb, form)} {rng.choice(ends)}".strip()
 
 
-def english(labels: Labels, rng: random.Random) -> str:
-    """One random English caption; attributes missing from labels are not mentioned."""
-    word = {name: rng.choice(ENGLISH[name][labels[name]]) for name in labels if name != "motion"}
-    thing = " ".join(word[name] for name in ("size", "colour", "shape") if name in word)
-    thing = ("the " + thing) if rng.random() < 0.12 else _article(thing)
+def _english_object(labels: Labels, form: str, rng: random.Random) -> str:
+    word = [rng.choice(ENGLISH[n][labels[n]]) for n in ("size", "colour", "shape") if n in labels]
+    thing = " ".join(word)
+    thing = ("the " + thing) if rng.random() < 0.12 else article(thing)
+    return f"{thing} {_english_motion(labels['motion'], form, rng)}"
+
+
+def _sides(count: int, rng: random.Random, words: tuple[str, str]) -> list[tuple[int, str]]:
+    """The order in which objects are named, and what is said of each one's side."""
+    if count == 1 or rng.random() < 0.6:
+        return [(number, "") for number in range(count)]
+    order = [(number, words[number]) for number in range(count)]
+    return order if rng.random() < 0.5 else order[::-1]
+
+
+def english(objects: Sequence[Labels], background: str | None, rng: random.Random) -> str:
+    """One random English caption; what is missing from the labels is not mentioned."""
     form = rng.choices(("s", "ing", "is"), (6, 2, 2))[0]
-    text = f"{thing} {_english_motion(labels['motion'], form, rng)}"
-    if rng.random() < 0.08:
-        text = "a video of " + text if form != "s" else text
-    if "background" in word:
-        where = f"{_article(word['background'])} background"
+    before = rng.random() < 0.5
+    parts = []
+    for number, side in _sides(len(objects), rng, ("on the left", "on the right")):
+        text = _english_object(objects[number], form, rng)
+        parts.append(f"{side} {text}" if before else f"{text} {side}")
+    text = rng.choice((" and ", " and ", " while ", ", ")).join(part.strip() for part in parts)
+    if form != "s" and rng.random() < 0.3:
+        text = "a video of " + text
+    if background:
+        where = article(rng.choice(ENGLISH["background"][background])) + " background"
         preposition = rng.choice(("on", "on", "over", "against", "in front of"))
         text = (
             f"{preposition} {where}, {text}"
@@ -128,56 +147,34 @@ def english(labels: Labels, rng: random.Random) -> str:
     return text
 
 
-def chinese(labels: Labels, rng: random.Random) -> str:
-    """One random Chinese caption; attributes missing from labels are not mentioned."""
+def _chinese_object(labels: Labels, rng: random.Random) -> str:
     word = {name: rng.choice(CHINESE[name][labels[name]]) for name in labels}
     colour = word["colour"] + ("的" if word["colour"].endswith("色") else "")
     size = word.get("size", "")
+    kind = f"{size}{colour}" if rng.random() < 0.5 else f"{colour}{size}"
     counter = rng.choice(("一个", "一个", "一颗", ""))
-    thing = f"{counter}{size}{colour}{word['shape']}"
-    if rng.random() < 0.5:
-        thing = f"{counter}{colour}{size}{word['shape']}"
     adverb = rng.choice(("在", "正在")) if rng.random() < 0.15 else ""
-    text = thing + adverb + word["motion"]
-    if "background" in word:
-        where = word["background"] + rng.choice(("", "的")) + "背景"
+    return f"{counter}{kind}{word['shape']}{adverb}{word['motion']}"
+
+
+def chinese(objects: Sequence[Labels], background: str | None, rng: random.Random) -> str:
+    """One random Chinese caption; what is missing from the labels is not mentioned."""
+    sides = _sides(len(objects), rng, ("左边", "右边"))
+    text = "，".join(side + _chinese_object(objects[number], rng) for number, side in sides)
+    if background:
+        where = rng.choice(CHINESE["background"][background]) + rng.choice(("", "的")) + "背景"
         front = rng.choice(("{}上，{}", "在{}上，{}", "{}，{}", "在{}前，{}"))
         text = front.format(where, text) if rng.random() < 0.7 else f"{text}，{where}"
     return text
 
 
-def describe(labels: Labels, rng: random.Random) -> str:
-    """A random caption: Chinese for a third, size and background left out about half the time."""
-    said = dict(labels)
-    if rng.random() < 0.5:
-        del said["size"]
-    if rng.random() < 0.5:
-        del said["background"]
-    return (chinese if rng.random() < 1 / 3 else english)(said, rng)
-
-
-CANONICAL_MOTION = {
-    "right": ("rolls to the right", "向右滚动"),
-    "left": ("rolls to the left", "向左滚动"),
-    "up": ("moves up", "向上移动"),
-    "down": ("moves down", "向下移动"),
-    "grow": ("grows", "变大"),
-    "shrink": ("shrinks", "变小"),
-    "still": ("stays still", "静止不动"),
-}
-
-
-def canonical(labels: Labels, language: str) -> str:
-    """The plain caption ("en" or "zh") that names exactly the labels given."""
-    speech = ENGLISH if language == "en" else CHINESE
-    word = {name: speech[name][labels[name]][0] for name in labels if name != "motion"}
-    moves = CANONICAL_MOTION[labels["motion"]][language == "zh"]
-    if language == "en":
-        thing = " ".join(word[n] for n in ("size", "colour", "shape") if n in word)
-        where = f" on {_article(word['background'])} background" if "background" in word else ""
-        return f"{_article(thing)} {moves}{where}"
-    where = f"{word['background']}背景上，" if "background" in word else ""
-    return f"{where}一个{word['colour']}的{word.get('size', '')}{word['shape']}{moves}"
+def describe(objects: Sequence[Labels], background: str, rng: random.Random) -> str:
+    """A random caption: two in five Chinese; size and background left out about half the time,
+    and the size of two objects always, since they have but one."""
+    sized = len(objects) == 1 and rng.random() < 0.5
+    said = [{n: v for n, v in labels.items() if sized or n != "size"} for labels in objects]
+    speak = chinese if rng.random() < 0.4 else english
+    return speak(said, background if rng.random() < 0.5 else None, rng)
 
 
 def vocabulary() -> dict[str, dict[str, list[str]]]:
@@ -187,7 +184,7 @@ def vocabulary() -> dict[str, dict[str, list[str]]]:
     chinese_words = {n: sorted({w for ws in t.values() for w in ws}) for n, t in CHINESE.items()}
     phrases = {
         _english_motion(motion, form, rng)
-        for motion in world.TAUGHT
+        for motion in world.MOTIONS
         for form in ("s", "ing", "is")
         for _ in range(300)
     }
@@ -195,9 +192,11 @@ def vocabulary() -> dict[str, dict[str, list[str]]]:
     small = {"is", "a", "the", "to", "from", "in", "and", "not", "does"}
     english_words["motion"] = sorted(motion_words - small)
     english_words["other"] = sorted(
-        small | {"an", "on", "over", "against", "front", "of", "video", "background"}
+        small | {"an", "on", "over", "against", "front", "of", "video", "background", "while"}
     )
-    chinese_words["other"] = ["一个", "一颗", "的", "在", "正在", "上", "前", "背景"]
+    chinese_words["other"] = [
+        "一个", "一颗", "的", "在", "正在", "上", "前", "背景", "左边", "右边",
+    ]  # fmt: skip
     return {"en": english_words, "zh": chinese_words}
 
 

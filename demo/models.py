@@ -18,6 +18,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 LATENT_CHANNELS = 24
 SHIFT = 3.0
+LONG_SHIFT = 12.0  # 8,400 tokens repeat what 320 say, so noise must be higher to hide as much
 DEFAULTS = {
     "family": "demo",
     "width": 256,
@@ -84,11 +85,11 @@ def build_text_encoder(words: int) -> UMT5EncoderModel:
     )
 
 
-def build_scheduler() -> UniPCMultistepScheduler:
+def build_scheduler(shift: float = SHIFT) -> UniPCMultistepScheduler:
     return UniPCMultistepScheduler(
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
-        flow_shift=SHIFT,
+        flow_shift=shift,
         num_train_timesteps=1000,
     )
 

@@ -42,11 +42,12 @@ class Muon:
                        for p in by_shape.values()]  # fmt: skip
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: Tensor) -> None:
+        """rate: a scalar on the parameters' device, so that a CUDA graph can hold the step."""
         for parameters, momentum in self.groups:
             gradient = torch.stack([p.grad for p in parameters])
             momentum.lerp_(gradient, 1 - MOMENTUM)
             update = orthogonal(gradient.lerp(momentum, MOMENTUM))
             size = 0.2 * max(update.shape[1:]) ** 0.5
             torch._foreach_mul_(parameters, 1 - rate * DECAY)
-            torch._foreach_add_(parameters, list(update.unbind()), alpha=-rate * size)
+            torch._foreach_add_(parameters, list((update * (-size * rate)).unbind()))

@@ -6,13 +6,21 @@ first latents are given; only the forward (see dit.py) and the decoding (whole_c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import dit
 import models
 import torch
 import whole_clip
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
@@ -26,6 +34,10 @@ class Parts:
     text_encoder: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerFast
 
+    def to(self, device: str) -> Parts:
+        moved = (part.to(device) for part in (self.vae, self.transformer, self.text_encoder))
+        return Parts(*moved, self.tokenizer)
+
     def statistics(self) -> tuple[Tensor, Tensor]:
         """The latents' mean and deviation [1, C, 1, 1, 1]."""
         config, device = self.vae.config, self.transformer.device
@@ -34,6 +46,18 @@ class Parts:
             torch.tensor(config.latents_mean, device=device).view(shape),
             torch.tensor(config.latents_std, device=device).view(shape),
         )
+
+
+def load(folder: Path, device: str, dtype: torch.dtype) -> Parts:
+    """The parts of a pipeline folder; the autoencoder always in float32."""
+    pipeline = WanPipeline.from_pretrained(folder, dtype=dtype)
+    parts = Parts(
+        pipeline.vae.to(torch.float32),
+        pipeline.transformer,
+        pipeline.text_encoder,
+        pipeline.tokenizer,
+    )
+    return parts.to(device)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> Tensor:
@@ -56,29 +80,73 @@ def decode(parts: Parts, latents: Tensor) -> Tensor:
     return (video.float() / 2 + 0.5).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; without guidance (cfg 1) the transformer is not asked about no prompt."""
+
+    steps: int = models.DEFAULTS["steps"]
+    cfg: float = models.DEFAULTS["cfg"]
+    shift: float = models.SHIFT
+    scheduler: str = "unipc"
+
+    def start(self, device: torch.device) -> UniPCMultistepScheduler:
+        """A scheduler set to its first step: "unipc" as diffusers has it, or "euler" on n even
+        steps from 1, shifted, which is what distilled models are taught."""
+        if self.scheduler == "unipc":
+            scheduler = models.build_scheduler(self.shift)
+            scheduler.set_timesteps(self.steps, device=device)
+            return scheduler
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=self.shift)
+        levels = [1 - step / self.steps for step in range(self.steps)]
+        scheduler.set_timesteps(sigmas=levels, device=device)
+        return scheduler
+
+
+def default_sampling(folder: Path) -> Sampling:
+    """What the model's `sagewan.json` says."""
+    facts = json.loads((folder / "sagewan.json").read_text())
+    return Sampling(**{f.name: facts[f.name] for f in fields(Sampling)})
+
+
+def velocity(
+    parts: Parts,
+    latents: Tensor,
+    time: Tensor,
+    text: tuple[Tensor, Tensor],
+    first: Tensor | None,
+    cfg: float,
+    block_step: object = dit.block_forward,
+) -> Tensor:
+    """The guided velocity at one time (0..1000) for latents [B, C, t, h, w]; text is of the
+    prompts, followed by as many empty ones where cfg is not 1; first as in `generate`."""
+    given = latents if first is None else torch.cat([first, latents[:, :, 1:]], 2)
+    both = given if cfg == 1 else torch.cat([given, given])
+    times = time.float().expand(len(both), 2).clone()
+    if first is not None:
+        times[:, 0] = 0
+    found = dit.forward(parts.transformer, both, times, text, block_step)
+    if cfg == 1:
+        return found
+    told, untold = found.chunk(2)
+    return untold + cfg * (told - untold)
+
+
 @torch.no_grad()
 def generate(
     parts: Parts,
     prompts: list[str],
     noise: Tensor,
     first: Tensor | None = None,
-    scheduler: UniPCMultistepScheduler | None = None,
+    sampling: Sampling | None = None,
     block_step: object = dit.block_forward,
 ) -> Tensor:
     """noise [B, C, t, h, w]; first: latents [B, C, 1, h, w] of given first frames → latents."""
-    scheduler = scheduler or models.build_scheduler()
-    guidance = models.DEFAULTS["cfg"]
-    scheduler.set_timesteps(models.DEFAULTS["steps"], device=noise.device)
-    ids = token_ids(parts.tokenizer, prompts + [""] * len(prompts)).to(noise.device)
-    text = dit.embed_text(parts.text_encoder, ids)
+    sampling = sampling or Sampling()
+    scheduler = sampling.start(noise.device)
+    told = prompts if sampling.cfg == 1 else prompts + [""] * len(prompts)
+    text = dit.embed_text(parts.text_encoder, token_ids(parts.tokenizer, told).to(noise.device))
     latents = noise
     for t in scheduler.timesteps:
-        given = latents if first is None else torch.cat([first, latents[:, :, 1:]], 2)
-        times = t.float().expand(2 * len(prompts), 2).clone()
-        if first is not None:
-            times[:, 0] = 0
-        both = dit.forward(parts.transformer, torch.cat([given, given]), times, text, block_step)
-        told, untold = both.chunk(2)
-        velocity = untold + guidance * (told - untold)
-        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+        found = velocity(parts, latents, t, text, first, sampling.cfg, block_step)
+        latents = scheduler.step(found, t, latents, return_dict=False)[0]
     return latents if first is None else torch.cat([first, latents[:, :, 1:]], 2)

@@ -1,216 +1,43 @@
 """Train the demo model's transformer and text encoder together, for a given number of seconds.
 
-    python demo/train_dit.py --vae build/vae --out build/dit --seconds 450
+    python demo/train_dit.py --start src/sagewan/assets/demo --vae build/vae --out build/dit
 
 Encodes a fixed set of clips first, then learns flow matching on their latents: logit-normal times
 with the scheduler's shift, one clip in ten without its caption, one in three with its first latent
-frame given clean (image to video). Writes the pipeline folder `model/` and a checkpoint to go on
-from; averaged weights are what is saved.
+frame given clean (image to video). Every eighth step is of few, long clips. The averaged weights
+are what is saved, as the pipeline folder `model/`; `training.json` has the losses. The seconds
+count from the script's start.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
-import random
 import sys
-import time
 from pathlib import Path
 
-import captions
 import dit
+import flow
 import models
-import muon
-import numpy as np
 import sample
 import torch
-import whole_clip
-import world
+from data import Clips, Recipe, caption_ids, draw_scenes, encode_scene
 from diffusers import WanPipeline
-from safetensors.torch import load_file
+from pace import Clock, LossLog
+from replay import Replay
 from torch import Tensor, nn
-from transformers import UMT5EncoderModel
+from train_vae import load_start
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 log = logging.getLogger("train_dit")
-NAMES = {
-    "shape": world.SHAPES,
-    "colour": tuple(world.COLOURS),
-    "size": world.SIZES,
-    "motion": world.TAUGHT,
-    "background": tuple(world.BACKGROUNDS),
-}
-
-
-def labels_of(scene: world.Scene) -> list[captions.Labels]:
-    """One {attribute: name} a clip."""
-    columns = {name: getattr(scene, name).tolist() for name in NAMES}
-    return [{name: NAMES[name][columns[name][i]] for name in NAMES} for i in range(len(scene))]
-
-
-def caption_table(each: int, seed: int) -> Tensor:
-    """Token ids int16 [combinations, each, TEXT_LENGTH]: random captions of every combination."""
-    rng = random.Random(seed)
-    tokenizer = models.build_tokenizer()
-    texts = [
-        captions.describe(dict(zip(NAMES, names, strict=True)), rng)
-        for names in itertools.product(*NAMES.values())
-        for _ in range(each)
-    ]
-    ids = sample.token_ids(tokenizer, texts).to(torch.int16)
-    return ids.view(-1, each, dit.TEXT_LENGTH)
-
-
-def combination(scene: world.Scene) -> Tensor:
-    """The row of `caption_table` for each clip: int64 [B]."""
-    row = torch.zeros_like(scene.shape)
-    for name, names in NAMES.items():
-        row = row * len(names) + getattr(scene, name)
-    return row
+LONG_EVERY = 8  # steps
 
 
 @torch.no_grad()
-def encode_clips(parts: sample.Parts, count: int, seed: int, side: int) -> tuple[Tensor, Tensor]:
-    """→ normalised latents bf16 [count, C, t, h, w] and their caption rows [count]."""
-    device = parts.transformer.device
-    scene = world.sample_scene(count, torch.Generator().manual_seed(seed)).to(device)
-    gpu = device.type == "cuda"
-    mean, deviation = parts.statistics()
-    done = []
-    batch = min(64, count)
-    for begin in range(0, count - batch + 1, batch):
-        video, _ = world.render(scene[begin : begin + batch], world.FRAMES, side)
-        with torch.autocast(device.type, torch.bfloat16):
-            latents, _ = whole_clip.encode(parts.vae, video * 2 - 1, gpu)
-        done.append(((latents.float() - mean) / deviation).to(torch.bfloat16))
-    latents = torch.cat(done)
-    return latents, combination(scene)[: len(latents)]
-
-
-def flow_loss(
-    parts: sample.Parts, clean: Tensor, ids: Tensor, given: Tensor, block_step: object
-) -> Tensor:
-    """clean [B, C, t, h, w]; ids [B, L]; given bool [B]: the first latent frame is known."""
-    batch, device = len(clean), clean.device
-    level = dit.shifted(torch.randn(batch, device=device).sigmoid(), models.SHIFT)
-    levels = level[:, None].repeat(1, 2)
-    levels[:, 0] *= ~given
-    noise = torch.randn_like(clean)
-    amount = torch.ones(clean.shape[2], device=device) * level[:, None]
-    amount[:, 0] = levels[:, 0]
-    amount = amount[:, None, :, None, None]
-    noisy = torch.lerp(clean, noise, amount)
-    with torch.autocast(device.type, torch.bfloat16):
-        text = dit.embed_text(parts.text_encoder, ids)
-        velocity = dit.forward(parts.transformer, noisy, levels * 1000, text, block_step)
-    error = (velocity - (noise - clean)).square()
-    wanted = torch.ones_like(amount)
-    wanted[:, :, 0] = (~given).float()[:, None, None, None]
-    return (error * wanted).mean() / wanted.mean()
-
-
-class Average:
-    """A slow copy of the parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.live = list(model.parameters())
-        self.slow = [p.detach().clone() for p in self.live]
-
-    def update(self, number: int) -> None:
-        decay = min(0.999, (number + 1) / (number + 20))
-        torch._foreach_lerp_(self.slow, self.live, 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the averaged and the live values."""
-        for live, slow in zip(self.live, self.slow, strict=True):
-            kept = live.detach().clone()
-            live.copy_(slow)
-            slow.copy_(kept)
-
-
-def train(parts: sample.Parts, options: argparse.Namespace) -> None:
-    """Leaves the averaged weights in `parts`."""
-    device = parts.transformer.device
-    gpu = device.type == "cuda"
-    both = nn.ModuleList([parts.transformer, parts.text_encoder])
-    begin = time.perf_counter()
-    latents, rows = encode_clips(parts, options.clips, options.seed, options.side)
-    log.info("%d clips encoded in %.0f s", len(latents), time.perf_counter() - begin)
-    table = caption_table(options.captions, options.seed).to(device)
-    log.info("captions after %.0f s", time.perf_counter() - begin)
-    block_step = torch.compile(dit.block_forward, fullgraph=True) if gpu else dit.block_forward
-    matrices = [p for p in parts.transformer.blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    orthogonal = muon.Muon(matrices)
-    optimizer = torch.optim.AdamW(
-        [p for p in both.parameters() if id(p) not in chosen],
-        lr=options.lr,
-        betas=(0.9, 0.99),
-        weight_decay=0.0,
-        fused=gpu,
-    )
-    average = Average(both)
-    start = last = time.perf_counter()
-    number, losses = 0, []
-    empty = torch.zeros(dit.TEXT_LENGTH, dtype=torch.int64, device=device)
-    empty[0] = 1
-    while (progress := (time.perf_counter() - start) / options.seconds) < 1:
-        pick = torch.randint(len(latents), (options.batch,), device=device)
-        said = torch.randint(options.captions, (options.batch,), device=device)
-        ids = table[rows[pick], said].long()
-        chance = torch.rand(2, options.batch, device=device)
-        ids = torch.where(chance[0, :, None] < 0.1, empty, ids)
-        loss = flow_loss(parts, latents[pick].float(), ids, chance[1] < 1 / 3, block_step)
-        loss.backward()
-        rate = min(1.0, (number + 1) / 300) * (0.5 + 0.5 * np.cos(np.pi * progress))
-        rate = options.lr * max(rate, 0.01)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        orthogonal.step(rate)
-        optimizer.zero_grad(set_to_none=True)
-        average.update(number)
-        losses.append(loss.detach())
-        number += 1
-        if number % 200 == 0:
-            now = time.perf_counter()
-            log.info(
-                "step %d, %.0f s, loss %.4f, %.4f s a step",
-                number,
-                now - start,
-                torch.stack(losses).mean(),
-                (now - last) / 200,
-            )
-            last, losses = now, []
-    log.info("%d steps", number)
-    average.swap()
-
-
-def load_parts(options: argparse.Namespace, device: str) -> sample.Parts:
-    """The autoencoder of `--vae`; the rest anew, or from the pipeline folder `--start`."""
-    tokenizer = models.build_tokenizer()
-    text_encoder = models.build_text_encoder(len(tokenizer))
-    if options.start:
-        old = WanPipeline.from_pretrained(options.start, dtype=torch.float32)
-        keep_words(text_encoder, tokenizer, old)
-        vae, transformer = old.vae, old.transformer
-    else:
-        transformer = models.build_transformer(options.layers)
-    if options.vae:
-        vae = models.build_vae()
-        vae.load_state_dict(load_file(options.vae / "vae.safetensors"))
-        facts = json.loads((options.vae / "vae.json").read_text())
-        vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
-    return sample.Parts(
-        vae.to(device).eval(), transformer.to(device), text_encoder.to(device), tokenizer
-    )
-
-
-@torch.no_grad()
-def keep_words(text_encoder: UMT5EncoderModel, tokenizer: object, old: WanPipeline) -> None:
+def keep_words(
+    text_encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, old: WanPipeline
+) -> None:
     """Load an earlier text encoder whose table had other words: each word keeps its row."""
     weights = old.text_encoder.state_dict()
     earlier, known = weights["shared.weight"], old.tokenizer.get_vocab()
@@ -223,27 +50,143 @@ def keep_words(text_encoder: UMT5EncoderModel, tokenizer: object, old: WanPipeli
     text_encoder.load_state_dict(weights)
 
 
-def main() -> None:
+def load_parts(options: argparse.Namespace) -> sample.Parts:
+    """Fresh, or those of `--start`; with the autoencoder of `--vae` if given. On the CPU."""
+    tokenizer = models.build_tokenizer()
+    text_encoder = models.build_text_encoder(len(tokenizer))
+    if options.start:
+        old = WanPipeline.from_pretrained(options.start, dtype=torch.float32)
+        keep_words(text_encoder, tokenizer, old)
+        vae, transformer = old.vae, old.transformer
+    else:
+        transformer, vae = models.build_transformer(options.layers), models.build_vae()
+    if options.vae:
+        vae = models.build_vae()
+        vae.load_state_dict(load_start(options.vae / "vae.safetensors"))
+        facts = json.loads((options.vae / "vae.json").read_text())
+        vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
+    return sample.Parts(vae.eval(), transformer, text_encoder, tokenizer)
+
+
+def recipes_of(options: argparse.Namespace) -> list[Recipe]:
+    """Clips of the usual size with one object and with two; then the long ones."""
+    two, long_two = round(0.45 * options.clips), options.long_clips // 3
+    usual, length = (options.frames, options.side), (options.long_frames, options.long_side)
+    return [
+        Recipe(options.clips - two, 1, *usual),
+        Recipe(two, 2, *usual),
+        Recipe(options.long_clips - long_two, 1, *length),
+        Recipe(long_two, 2, *length),
+    ]
+
+
+def make_clips(
+    options: argparse.Namespace, table: dict[str, int]
+) -> tuple[list[object], list[Tensor], list[Recipe]]:
+    """The scenes and captions of every recipe; on the CPU, before the GPU is touched."""
+    recipes = recipes_of(options)
+    scenes = draw_scenes(recipes, options.seed)
+    ids = [
+        caption_ids(scene, options.captions, options.seed + 1000 * number, table)
+        for number, scene in enumerate(scenes)
+    ]
+    return scenes, ids, recipes
+
+
+def encode_all(parts: sample.Parts, scenes: list, ids: list, recipes: list) -> tuple[Clips, Clips]:
+    """→ the usual clips and the long ones, on the device."""
+    device = parts.transformer.device
+    latents = [encode_scene(parts, s, r) for s, r in zip(scenes, recipes, strict=True)]
+    usual, length = (
+        Clips(torch.cat(latents[part]), torch.cat(ids[part]).to(device))
+        for part in (slice(0, 2), slice(2, 4))
+    )
+    return usual, length
+
+
+def train(
+    parts: sample.Parts, usual: Clips, length: Clips, clock: Clock, options: argparse.Namespace
+) -> LossLog:
+    """Leaves the averaged weights in `parts`."""
+    device = parts.transformer.device
+    both = nn.ModuleList([parts.transformer, parts.text_encoder])
+    matrices = [p for p in parts.transformer.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    optimizer = flow.Optimizer(matrices, (p for p in both.parameters() if id(p) not in chosen))
+    average = flow.Average(both.parameters())
+    block_step = dit.compiled_block(device)
+    losses, long_losses = LossLog(device), LossLog(device)
+
+    def step_on(clips: Clips, batch: int, shift: float, told: LossLog) -> Replay:
+        def step() -> None:
+            clean, ids = clips.draw(batch)
+            loss = flow.flow_loss(
+                parts.transformer, parts.text_encoder, clean, ids, shift, block_step
+            )
+            loss.backward()
+            optimizer.step()
+            told.add(loss.detach())
+
+        return Replay(step, device)
+
+    steps = step_on(usual, options.batch, models.SHIFT, losses)
+    long_steps = step_on(length, options.long_batch, models.LONG_SHIFT, long_losses)
+    log.info("the first step after %.0f s", clock.spent())
+    losses.restart()
+    rest = clock.rest()  # the cosine counts from here
+    while rest.progress < 1:
+        warm = min(1.0, (losses.steps + 1) / 300)
+        optimizer.rate.fill_(options.lr * warm * rest.cosine())
+        (long_steps if losses.steps % LONG_EVERY == LONG_EVERY - 1 else steps)()
+        losses.step()
+        average.update(losses.steps)
+    average.take()
+    losses.long = float(long_losses.total / long_losses.count.clamp(min=1))
+    return losses
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    from world import FRAMES, LONG_FRAMES, LONG_SIDE, SIDE
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, help="what train_vae.py wrote; else that of --start")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a pipeline folder to go on from")
-    parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--clips", type=int, default=32768)
-    parser.add_argument("--captions", type=int, default=32, help="texts for each combination")
+    parser.add_argument("--long-batch", type=int, default=4)
+    parser.add_argument("--clips", type=int, default=20480)
+    parser.add_argument("--long-clips", type=int, default=288)
+    parser.add_argument("--captions", type=int, default=16, help="texts for each clip")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--side", type=int, default=world.SIDE)
-    parser.add_argument("--seed", type=int, default=2)
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    parser.add_argument("--side", type=int, default=SIDE)
+    parser.add_argument("--frames", type=int, default=FRAMES)
+    parser.add_argument("--long-side", type=int, default=LONG_SIDE)
+    parser.add_argument("--long-frames", type=int, default=LONG_FRAMES)
+    parser.add_argument("--seed", type=int, default=3)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    clock = Clock(options.seconds)
     torch.manual_seed(options.seed)
-    parts = load_parts(options, "cuda" if torch.cuda.is_available() else "cpu")
-    train(parts, options)
+    parts = load_parts(options)
+    clips = make_clips(options, parts.tokenizer.get_vocab())
+    log.info("captions after %.0f s", clock.spent())
+    parts = parts.to("cuda" if torch.cuda.is_available() else "cpu")
+    usual, length = encode_all(parts, *clips)
+    log.info("%d + %d clips encoded after %.0f s", len(usual.latents), len(length.latents),
+             clock.spent())  # fmt: skip
+    losses = train(parts, usual, length, clock, options)
     options.out.mkdir(parents=True, exist_ok=True)
+    facts = losses.facts(options) | {"long_loss": losses.long}
+    (options.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     models.save_folder(options.out / "model", parts.vae, parts.transformer, parts.text_encoder)
+    log.info("saved after %.0f s", clock.spent())
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     main()

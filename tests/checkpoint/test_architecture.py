@@ -15,12 +15,23 @@ HERE = Path("config.json")
 NAMED_SIZES = {"1.3b": 1.3, "14b": 14, "a14b": 14, "5b": 5}
 
 
-def parameters_of(config: dict[str, object]) -> int:
+def shapes_of(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
+    """Those of diffusers' own class."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
-    return sum(weight.numel() for weight in model.parameters())
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def parameters_of(config: dict[str, object]) -> int:
+    return sum(math.prod(shape) for shape in shapes_of(config).values())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_weight_of_a_published_model_is_known_with_its_shape(name: str) -> None:
+    config = TRANSFORMERS[name]
+    assert Architecture.of(config, HERE).shapes() == shapes_of(config)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -65,37 +65,66 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """Every trained number of the transformer."""
-        blocks = self.num_layers * self._block
-        patch = math.prod(self.patch_size)
-        embedding = _linear(self.in_channels * patch, self.width)
-        output = _linear(self.width, self.out_channels * patch) + 2 * self.width
-        return embedding + self._conditions + blocks + output
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
-    @property
-    def _conditions(self) -> int:
-        width = self.width
-        time = _linear(self.freq_dim, width) + _linear(width, width) + _linear(width, 6 * width)
-        text = _linear(self.text_dim, width) + _linear(width, width)
-        if self.image_dim is None:
-            return time + text
-        picture = _linear(self.image_dim, self.image_dim) + _linear(self.image_dim, width)
-        norms = 2 * self.image_dim + 2 * width
-        return time + text + picture + norms + (self.pos_embed_seq_len or 0) * self.image_dim
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the transformer by diffusers' name, with its shape."""
+        found = self._conditions()
+        found["patch_embedding.weight"] = (self.width, self.in_channels, *self.patch_size)
+        found["patch_embedding.bias"] = (self.width,)
+        found["scale_shift_table"] = (1, 2, self.width)
+        found |= _linear("proj_out", self.width, self.out_channels * math.prod(self.patch_size))
+        block = self._block()
+        for layer in range(self.num_layers):
+            found |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+        return found
 
-    @property
-    def _block(self) -> int:
+    def _conditions(self) -> dict[str, tuple[int, ...]]:
         width = self.width
-        attention = 4 * _linear(width, width) + 2 * width  # q, k, v, out; the norms of q and k
-        cross = attention
+        found = {
+            **_linear("time_embedder.linear_1", self.freq_dim, width),
+            **_linear("time_embedder.linear_2", width, width),
+            **_linear("time_proj", width, 6 * width),
+            **_linear("text_embedder.linear_1", self.text_dim, width),
+            **_linear("text_embedder.linear_2", width, width),
+        }
+        if self.image_dim is not None:
+            found |= {
+                **_norm("image_embedder.norm1", self.image_dim),
+                **_linear("image_embedder.ff.net.0.proj", self.image_dim, self.image_dim),
+                **_linear("image_embedder.ff.net.2", self.image_dim, width),
+                **_norm("image_embedder.norm2", width),
+            }
+            if self.pos_embed_seq_len:
+                found["image_embedder.pos_embed"] = (1, self.pos_embed_seq_len, self.image_dim)
+        return {f"condition_embedder.{name}": shape for name, shape in found.items()}
+
+    def _block(self) -> dict[str, tuple[int, ...]]:
+        width = self.width
+        found: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 6, width)}
+        for attention in ("attn1", "attn2"):
+            for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+                found |= _linear(f"{attention}.{layer}", width, width)
+            found |= {f"{attention}.norm_{which}.weight": (width,) for which in "qk"}
         if self.added_kv_proj_dim is not None:
-            cross += 2 * _linear(self.added_kv_proj_dim, width) + width
-        norm = 2 * width if self.cross_attn_norm else 0
-        ffn = _linear(width, self.ffn_dim) + _linear(self.ffn_dim, width)
-        return attention + cross + norm + ffn + 6 * width
+            for layer in ("add_k_proj", "add_v_proj"):
+                found |= _linear(f"attn2.{layer}", self.added_kv_proj_dim, width)
+            found["attn2.norm_added_k.weight"] = (width,)
+        if self.cross_attn_norm:
+            found |= _norm("norm2", width)
+        return (
+            found
+            | _linear("ffn.net.0.proj", width, self.ffn_dim)
+            | _linear("ffn.net.2", self.ffn_dim, width)
+        )
 
 
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
 def _is_sound(name: str, value: object) -> bool:

@@ -13,6 +13,7 @@ from sagewan.checkpoint.infer import config_of
 from sagewan.checkpoint.roles import ROLES, TRANSFORMER
 from sagewan.checkpoint.source import Source, open_source
 from sagewan.checkpoint.tensors import open_file
+from sagewan.checkpoint.whole import check_whole
 from sagewan.errors import CheckpointError
 
 HIGH, LOW = "high", "low"
@@ -45,6 +46,8 @@ def find_experts(path: Path) -> Experts:
         paths = _with_partner(paths[0])
     sources = tuple(open_source(one, TRANSFORMER) for one in paths)
     shapes = [Architecture.of(config_of(one), one.path) for one in sources]
+    for source, shape in zip(sources, shapes, strict=True):
+        check_whole(source, shape.shapes())
     if len(shapes) == 2 and shapes[0] != shapes[1]:
         raise CheckpointError(
             f"{paths[0]} and {paths[1].name} have different shapes, so they are not the two "

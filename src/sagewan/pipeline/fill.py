@@ -13,14 +13,11 @@ from sagewan.attention.launch import is_out_of_memory
 from sagewan.attention.resolve import one_line
 from sagewan.checkpoint.packed import unpack
 from sagewan.checkpoint.source import Source
+from sagewan.checkpoint.whole import SAME, check_whole
 from sagewan.errors import CheckpointError
 
-# Weights that a module has under a second name.
-_SAME: Mapping[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}
 # CLIP's weights have it before their names or not, by the version that made the class.
 _CLIP_PREFIX = "vision_model."
-# What files hold beyond the model, and diffusers leaves out too.
-_UNUSED = "norm_added_q"
 
 
 def empty(make: Callable[[], Any]) -> Any:
@@ -38,7 +35,7 @@ def fill(module: Any, source: Source, dtype: torch.dtype, kept: tuple[str, ...] 
     Raises CheckpointError if a weight is missing, of another shape, or one too many.
     """
     wanted = {name.removeprefix(_CLIP_PREFIX): name for name, _ in module.named_parameters()}
-    same = {name: first for name, first in _SAME.items() if name in wanted and first in wanted}
+    same = {name: first for name, first in SAME.items() if name in wanted and first in wanted}
     names = {name: full for name, full in wanted.items() if name not in same}
     check_whole(source, {name: module.get_parameter(full).shape for name, full in names.items()})
     for name, full in names.items():
@@ -52,27 +49,6 @@ def fill(module: Any, source: Source, dtype: torch.dtype, kept: tuple[str, ...] 
 def kept_in_float32(model: Any) -> tuple[str, ...]:
     """Parts of names that one of diffusers' classes keeps in float32, whatever the dtype."""
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-
-
-def check_whole(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """CheckpointError unless the source holds these weights in these shapes, and no others."""
-    where = source.path
-    if missing := sorted(shapes.keys() - source.entries.keys()):
-        raise CheckpointError(
-            f"{where} lacks {len(missing)} of its weights, such as {missing[0]}: fetch it again"
-        )
-    for name, shape in shapes.items():
-        if source.entries[name].shape != tuple(shape):
-            raise CheckpointError(
-                f"{where}: {name} has the shape {list(source.entries[name].shape)}, and by the "
-                f"config it has {list(shape)}: fetch it again"
-            )
-    others = [*source.unknown, *(source.entries.keys() - shapes.keys() - _SAME.keys())]
-    if more := sorted(name for name in others if _UNUSED not in name):
-        raise CheckpointError(
-            f"{where} holds {len(more)} weights that this model has no place for, such as "
-            f"{more[0]}: it is another kind of model, which this version does not run"
-        )
 
 
 def _read(source: Source, name: str, dtype: torch.dtype) -> nn.Parameter:

@@ -1,0 +1,37 @@
+"""Whether a part has all of its weights, each in its shape, and no others: a weight that is left at
+random makes a video of noise, one too many means another model."""
+
+from collections.abc import Iterator, Mapping
+
+from sagewan.checkpoint.source import Source
+from sagewan.errors import CheckpointError
+
+# Weights that a part may have under a second name.
+SAME: Mapping[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}
+# What files hold beyond the model, and diffusers leaves out too.
+_UNUSED = "norm_added_q"
+
+
+def check_whole(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """CheckpointError unless the source holds these weights in these shapes, and no others."""
+    for problem in problems(source, shapes):
+        raise CheckpointError(f"{source.path} {problem}")
+
+
+def problems(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """What is wrong, in the words that follow the file's name."""
+    if missing := sorted(shapes.keys() - source.entries.keys()):
+        yield f"lacks {len(missing)} of its weights, such as {missing[0]}: fetch it again"
+    for name in sorted(shapes.keys() & source.entries.keys()):
+        found, wanted = source.entries[name].shape, tuple(shapes[name])
+        if found != wanted:
+            yield (
+                f"holds {name} in the shape {list(found)}, and by its config or its other weights "
+                f"it is {list(wanted)}: fetch it again"
+            )
+    others = [*source.unknown, *(source.entries.keys() - shapes.keys() - SAME.keys())]
+    if more := sorted(name for name in others if _UNUSED not in name):
+        yield (
+            f"holds {len(more)} weights that this model has no place for, such as {more[0]}: it is "
+            "another kind of model, which this version does not run"
+        )

@@ -60,6 +60,8 @@ def config_of(source: Source) -> dict[str, Any]:
     }[source.role]
     try:
         return {key: kind, **infer(source)}
+    except CheckpointError:
+        raise
     except (IndexError, ValueError, ZeroDivisionError):
         raise CheckpointError(
             f"{source.path}: its weights have shapes that no {source.role.replace('_', ' ')} of "

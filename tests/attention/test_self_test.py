@@ -139,8 +139,8 @@ def test_a_result_comes_back_whole_from_another_process(install: Install) -> Non
 
 @PROBLEMS
 def test_emulations_pass_the_limits_of_their_class_with_room(problem: Problem, short: None) -> None:
-    share = 0.6 if problem.head_dim == 128 else 0.85
-    for row in (row for row in ROWS if row.emulated):
+    share = 0.6 if problem.head_dim == 128 else 0.9
+    for row in (row for row in ROWS if row.emulated and not row.sms):
         test = examine(row, CPU, problem)
         assert test.error is not None
         assert test.error < share * test.limit, f"{row.name}: {test.error} of {test.limit}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sagewan.errors import ShapeError
-from sagewan.plan.catalogue import row_named
+from sagewan.plan.catalogue import row_named, rows_of
 from sagewan.reference import emulation
 from sagewan.reference.attention import attention, attention_with_lse, relative_error
 
@@ -18,27 +18,33 @@ LIMITS = {
     "sageattn": (0.0020, 0.0095),
     "sageattn_3": (0.0019, 0.0075),
     "sageattn_3_fp8": (0.0045, 0.029),
+    "sageattn_3_fp4": (0.050, 0.150),
 }
 # The most a kernel may differ from the emulation of the same formats in the same order. In 16-bit
 # modes it is the rounding of the output; FP8's P falls to the other side of a tie now and then.
-KERNEL_ERROR = {"sageattn": 1e-3, "sageattn_3": 1e-3, "sageattn_3_fp8": 3e-3}
+KERNEL_ERROR = {
+    "sageattn": 1e-3,
+    "sageattn_3": 1e-3,
+    "sageattn_3_fp8": 3e-3,
+    "sageattn_3_fp4": 1e-3,
+}
 
 
 @pytest.fixture(params=LIMITS)
 def mode(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor not in row_named(f"sagewan.{name}").sms:
-        pytest.skip("this GPU is not in the row's list")
+    ours = [row for row in rows_of(name, emulate=True) if row.call.startswith("sagewan.kernels.")]
+    # FP4 runs everywhere: in Blackwell's instructions, or unpacked.
+    if not any(10 * major + minor in row.sms for row in ours):
+        pytest.skip("this GPU is not in the rows' list")
     return name
 
 
 def run(mode: str) -> Callable[..., Tensor]:
-    from sagewan.kernels import fp8_attention, int8_attention
+    from sagewan.attention.resolve import load
 
-    module = fp8_attention if mode == "sageattn_3_fp8" else int8_attention
-    function: Callable[..., Tensor] = getattr(module, mode)
-    return function
+    return load(row_named(f"sagewan.{mode}"))
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -63,7 +69,7 @@ def test_error_is_within_the_modes_class(mode: str, family: str) -> None:
 def test_kernel_is_its_emulation(
     mode: str, dtype: torch.dtype, queries: int, keys: int, heads: int, key_heads: int, size: int
 ) -> None:
-    from sagewan.kernels import fp8_attention
+    from sagewan.kernels import fp4_attention, fp8_attention
 
     q = 1.5 * normal(2, heads, queries, size, seed=1, dtype=dtype)
     k = normal(2, key_heads, keys, size, seed=2, dtype=dtype)
@@ -71,8 +77,8 @@ def test_kernel_is_its_emulation(
     v = normal(2, key_heads, keys, size, seed=4, dtype=dtype)
     out, lse = run(mode)(q, k, v, return_lse=True)
     major, minor = torch.cuda.get_device_capability()
-    tile = fp8_attention.tile_for(10 * major + minor, 128)
-    step = tile.block_n if mode == "sageattn_3_fp8" else 64
+    tiles = {"sageattn_3_fp8": fp8_attention.tile_for, "sageattn_3_fp4": fp4_attention.tile_for}
+    step = tiles[mode](10 * major + minor, 128).block_n if mode in tiles else 64
     # The emulation rounds its output too: compared before that, in float32.
     wide = (x.float() for x in (q, k, v))
     same = getattr(emulation, mode)(*wide, block_n=step) if dtype == torch.float16 else None
@@ -80,7 +86,8 @@ def test_kernel_is_its_emulation(
     if same is not None:
         assert relative_error(out, same) < KERNEL_ERROR[mode]
     torch.testing.assert_close(lse, same_lse, atol=5e-3, rtol=1e-3)
-    assert relative_error(lse, attention_with_lse(q, k, v)[1]) < 0.01
+    expected = attention_with_lse(q, k, v)[1]
+    assert relative_error(lse, expected) < (0.1 if mode == "sageattn_3_fp4" else 0.01)
 
 
 def test_runs_are_identical_layout_does_not_matter_and_inputs_are_kept(mode: str) -> None:
@@ -97,7 +104,8 @@ def test_200000_keys(mode: str) -> None:
     q = 1.5 * normal(1, 1, 64, 128, seed=1)
     k = normal(1, 1, 200_000, 128, seed=2) + 3 * normal(1, 1, 1, 128, seed=3)
     v = normal(1, 1, 200_000, 128, seed=4) + 0.5 * normal(1, 1, 1, 128, seed=5)
-    assert relative_error(run(mode)(q, k, v), attention(q, k, v)) < 0.01
+    error = relative_error(run(mode)(q, k, v), attention(q, k, v))
+    assert error < (0.1 if mode == "sageattn_3_fp4" else 0.01)
 
 
 def test_edges_of_the_range_stay_finite(mode: str) -> None:
@@ -106,7 +114,9 @@ def test_edges_of_the_range_stay_finite(mode: str) -> None:
         out = run(mode)(a * q, b * k, c * v)
         assert out.isfinite().all(), (a, b, c)
     constant = torch.full_like(v, 3.0)
-    torch.testing.assert_close(run(mode)(q, k, constant), constant, atol=0, rtol=0.02)
+    torch.testing.assert_close(
+        run(mode)(q, k, constant), constant, atol=0, rtol=0.02 if mode != "sageattn_3_fp4" else 0.1
+    )
 
 
 def test_what_is_not_taken_is_refused(mode: str) -> None:

@@ -31,5 +31,5 @@ def test_a_seed_means_the_same_file_on_every_run(tmp_path: Path) -> None:
 def test_emulation_runs_on_the_gpu_and_says_so(tmp_path: Path) -> None:
     result = make(tmp_path, attention="sageattn_3_fp4", emulate=True)
     assert [row["implementation"] for row in result.report["attention"]["ran"]] == [
-        "emulated.sageattn_3_fp4"
+        "emulated.sageattn_3_fp4_unpacked"
     ]

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sagewan.kernels import fp8_attention, int8_attention, prepare
+from sagewan.kernels import fp4_attention, fp8_attention, int8_attention, prepare, prepare_fp4
 from sagewan.kernels import launch as launching
 
 # Bytes of shared memory that one block may have.
@@ -78,7 +78,11 @@ class Built:
 
     def products(self) -> set[str]:
         """The tensor-core instructions, such as ``wgmma.mma_async.sync.aligned.m64n64k32.s32…``."""
-        return set(re.findall(r"^\s*(?:@\S+ )?((?:wg)?mma\S*|tcgen05\.mma\S*)", self.ptx, re.M))
+        return set(self.all_products())
+
+    def all_products(self) -> list[str]:
+        """Every place of a tensor-core instruction in the program."""
+        return re.findall(r"^\s*(?:@\S+ )?((?:wg)?mma\S*|tcgen05\.mma\S*)", self.ptx, re.M)
 
 
 def record(sm: int, run: Callable[[], object]) -> list[Launch]:
@@ -92,7 +96,7 @@ def record(sm: int, run: Callable[[], object]) -> list[Launch]:
         launches.append(Launch(kernel, arguments, schedule))
 
     with ExitStack() as stack:
-        for module in (prepare, int8_attention, fp8_attention):
+        for module in (prepare, prepare_fp4, int8_attention, fp8_attention, fp4_attention):
             stack.enter_context(mock.patch.object(module, "launch", note))
             if module is not prepare:
                 stack.enter_context(mock.patch.object(module, "compute_capability", capability))

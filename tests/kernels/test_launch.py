@@ -10,7 +10,7 @@ from sagewan.kernels.launch import block_of, check
 from sagewan.plan.catalogue import Problem, row_named, rows_of
 from sagewan.plan.hardware import Device, Hardware
 
-MODES = ("sageattn", "sageattn_3", "sageattn_3_fp8")
+MODES = ("sageattn", "sageattn_3", "sageattn_3_fp8", "sageattn_3_fp4")
 
 
 def tensors(**changes: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,3 +88,17 @@ def test_the_package_goes_by_the_systems_name(system: str, package: str) -> None
     objection = row.objection(problem, device, old)
     assert objection is not None
     assert objection.code == "package-version"
+
+
+@pytest.mark.parametrize(
+    ("sm", "found", "code"),
+    [(121, "3.7.1", "package-version"), (121, "3.8.0", None), (120, "3.6.0", None)],
+)
+def test_fp4_wants_a_newer_triton_on_12_1(sm: int, found: str, code: str | None) -> None:
+    problem = Problem(head_dim=128, dtype="bfloat16")
+    hardware = Hardware(cpu=Device(name="a CPU"), system="Linux", packages={"triton": found})
+    row = row_named("sagewan.sageattn_3_fp4")
+    objection = row.objection(problem, Device(name="a GPU", sm=sm), hardware)
+    assert (objection.code if objection else None) == code
+    if objection:
+        assert "3.8 or newer" in objection.sentence()

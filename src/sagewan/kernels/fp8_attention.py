@@ -24,10 +24,16 @@ from sagewan.kernels.int8_attention import (
     scores,
     store_lse,
     store_output,
-    strided,
 )
 from sagewan.kernels.key_blocks import BLOCK, key_of, walk
-from sagewan.kernels.launch import Tile, block_of, check, compute_capability, launch
+from sagewan.kernels.launch import (
+    Tile,
+    block_of,
+    check,
+    compute_capability,
+    launch,
+    strided,
+)
 from sagewan.kernels.prepare import e4m3_columns
 from sagewan.kernels.prepared import Columns, Prepared, Rows
 

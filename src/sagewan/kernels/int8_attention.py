@@ -16,7 +16,14 @@ from torch import Tensor
 
 from sagewan.errors import ShapeError
 from sagewan.kernels.key_blocks import BLOCK, NO_BLOCKS, key_blocks, key_of, walk
-from sagewan.kernels.launch import Tile, block_of, check, compute_capability, launch
+from sagewan.kernels.launch import (
+    Tile,
+    block_of,
+    check,
+    compute_capability,
+    launch,
+    strided,
+)
 from sagewan.kernels.prepare import Recipe, int8_rows, mean
 from sagewan.kernels.prepared import Prepared, Rows
 
@@ -130,11 +137,11 @@ def fine_rows(
 
 
 def outputs(
-    prepared: Prepared[Rows, Any], out: Tensor | None, *, return_lse: bool
+    prepared: Prepared[Any, Any], out: Tensor | None, *, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Where a kernel writes: ``out`` or a new tensor [B, H, N, D], and the log-sum-exp [B, H, N]
     if it is wanted."""
-    rows = prepared.q.data
+    rows: Tensor = prepared.q.data
     shape = (*rows.shape[:2], prepared.queries)
     if return_lse and prepared.q.dots is None:
         raise ShapeError("the log-sum-exp was not prepared: prepare with with_lse=True")
@@ -143,19 +150,13 @@ def outputs(
     return out, rows.new_empty(shape, dtype=torch.float32) if return_lse else None
 
 
-def lists(prepared: Prepared[Rows, Any], block_mask: Tensor | None) -> dict[str, object]:
+def lists(prepared: Prepared[Any, Any], block_mask: Tensor | None) -> dict[str, object]:
     """A kernel's arguments for a block mask, or for none."""
     if block_mask is None:
         return NO_BLOCKS
     batch, heads = prepared.q.data.shape[:2]
     size = {"queries": prepared.queries, "keys": prepared.keys}
     return key_blocks(block_mask, batch=batch, heads=heads, **size).arguments()
-
-
-def strided(name: str, x: Tensor) -> dict[str, object]:
-    """A tensor [B, H, N, D] and its strides, as the kernels call them."""
-    names = (name, *(f"{name}_{axis}" for axis in "bhnd"))
-    return dict(zip(names, (x, *x.stride()), strict=True))
 
 
 def attend(

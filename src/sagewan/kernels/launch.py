@@ -51,6 +51,12 @@ def launch(
         )
 
 
+def strided(name: str, x: Tensor) -> dict[str, object]:
+    """A tensor [B, H, N, D] and its strides, as the kernels call them."""
+    names = (name, *(f"{name}_{axis}" for axis in "bhnd"))
+    return dict(zip(names, (x, *x.stride()), strict=True))
+
+
 def compute_capability(device: torch.device) -> int:
     """90 for compute capability 9.0; the interpreter on a CPU takes the oldest's configurations."""
     if device.type != "cuda":

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sagewan.kernels.launch import Schedule, block_of, launch
+from sagewan.kernels.launch import Schedule, block_of, launch, strided
 from sagewan.kernels.prepared import PADDING, Columns, Rows
 
 _CHUNKS = 32
@@ -68,7 +68,7 @@ def _reduce(x: Tensor, *, largest: bool) -> Tensor:
     chunks = min(_CHUNKS, triton.cdiv(count, _ROWS))
     partial = torch.empty(batch, heads, chunks, block, dtype=torch.float32, device=x.device)
     arguments = {
-        **_pointer("x", x),
+        **strided("x", x),
         "partial": partial,
         "heads": heads,
         "count": count,
@@ -101,7 +101,7 @@ def int8_rows(
         dots=dots,
     )
     arguments = {
-        **_pointer("x", x),
+        **strided("x", x),
         "minus": minus,
         "other": other,
         "data": rows.data,
@@ -142,7 +142,7 @@ def e4m3_columns(v: Tensor, highest: float) -> Columns:
     scale = torch.where(scale > 0, scale, 1.0)
     data = v.new_empty(batch, heads, block, padded, dtype=torch.float8_e4m3fn)
     arguments = {
-        **_pointer("v", v),
+        **strided("v", v),
         "data": data,
         "scales": scale,
         "heads": heads,
@@ -158,14 +158,8 @@ def e4m3_columns(v: Tensor, highest: float) -> Columns:
     return Columns(data=data, scale=scale)
 
 
-def _pointer(name: str, x: Tensor) -> dict[str, object]:
-    """A tensor and its strides, as the kernels call them."""
-    strides = zip("bhnd", x.stride(), strict=True)
-    return {name: x, **{f"{name}_{axis}": stride for axis, stride in strides}}
-
-
 @triton.jit
-def _load_rows(
+def load_rows(
     x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D: tl.constexpr
 ):  # rows [R] of one head → [R, D'], zero beyond the tensor
     base = (head // heads).to(tl.int64) * x_b + (head % heads).to(tl.int64) * x_h
@@ -187,7 +181,7 @@ def _reduce_kernel(
     start = tl.program_id(0) * chunk
     for row in range(start, tl.minimum(start + chunk, count), BLOCK_R):
         rows = row + tl.arange(0, BLOCK_R)
-        tile = _load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
+        tile = load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
         tile = tile.to(tl.float32)
         total = tl.maximum(total, tl.abs(tile)) if LARGEST else total + tile
     result = tl.max(total, 0) if LARGEST else tl.sum(total, 0)
@@ -229,7 +223,7 @@ def _int8_rows_kernel(
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     channels = tl.arange(0, BLOCK_D)
     inside = (rows < count)[:, None]
-    raw = _load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
+    raw = load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
     values = raw.to(tl.float32)
     if minus is not None:
         vector = tl.load(minus + head * BLOCK_D + channels)
@@ -276,7 +270,7 @@ def _e4m3_columns_kernel(
     # Place 4t + 2h + e of each 16 holds key 8h + 2t + e.
     low = places % 16
     keys = places - low + low % 4 // 2 * 8 + low // 4 * 2 + low % 2
-    tile = _load_rows(v, v_b, v_h, v_n, v_d, heads, head, keys, count, size, BLOCK_D)
+    tile = load_rows(v, v_b, v_h, v_n, v_d, heads, head, keys, count, size, BLOCK_D)
     scale = tl.load(scales + head * BLOCK_D + channels)
     values = tl.minimum(tl.maximum(tile.to(tl.float32) / scale[None, :], -HIGHEST), HIGHEST)
     offsets = (head.to(tl.int64) * BLOCK_D + channels)[:, None] * padded + places[None, :]

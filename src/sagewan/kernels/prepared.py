@@ -49,11 +49,54 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fp4Rows:
+    """Q or K as NVFP4: 16 channels of row n are ``data · scales[n] · scale[n // 128]``.
+
+    data [B, H, N', D'/2] uint8, two e2m1 to a byte, the first in its low half; scales
+    [B, H, N', D'/16] uint8, the bytes of e4m3; scale [B, H, N'/128] float32, powers of two. D' is
+    at least 64. Q holds softmax's scale and log₂e; ``dots`` as in :class:`Rows`, for the
+    log-sum-exp.
+    """
+
+    data: Tensor
+    scales: Tensor
+    scale: Tensor
+    dots: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp4Columns:
+    """V as NVFP4, transposed: 16 keys of channel d are ``data[d] · scales[d] · scale[d]``.
+
+    data [B, Hk, D', M'/2] uint8 and scales [B, Hk, D', M'/16] uint8 as in :class:`Fp4Rows`; scale
+    [B, Hk, D'] float32, powers of two.
+    """
+
+    data: Tensor
+    scales: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smoothing:
+    """What was taken from Q: the mean of each 128 rows, whose scores are added again.
+
+    means [B, H, N'/128, D'] float32 hold softmax's scale and log₂e; k is K as it came,
+    [B, Hk, M, D] in 16 bit, any strides, and k_mean [B, Hk, D'] float32 what was taken from it.
+    """
+
+    means: Tensor
+    k: Tensor
+    k_mean: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared(Generic[RowsT, ValuesT]):
     """Q, K and V as an attention kernel multiplies them.
 
     ``q`` and ``k`` are :class:`Rows`; ``v`` is the tensor itself, [B, Hk, M, D] of any strides,
-    where P·V multiplies in 16 bit, and else :class:`Columns`. ``queries`` and ``keys`` are N and M,
+    where P·V multiplies in 16 bit, and else :class:`Columns`. In FP4 they are :class:`Fp4Rows` and
+    :class:`Fp4Columns`. ``queries`` and ``keys`` are N and M,
     ``head_dim`` is D, all without padding; ``dtype`` is the output's.
     """
 
@@ -64,3 +107,10 @@ class Prepared(Generic[RowsT, ValuesT]):
     keys: int
     head_dim: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedFp4(Prepared[Fp4Rows, Fp4Columns]):
+    """Q, K and V in NVFP4, and what was taken from Q."""
+
+    smoothing: Smoothing

@@ -39,7 +39,8 @@ class Implementation:
     ``call`` is ``"module:function"``; ``layout`` the axis order that function takes (B batch,
     H heads, N tokens, D head size); ``qk`` and ``pv`` the formats its two products multiply in;
     ``sms`` the compute capabilities it runs on (empty: any, CPU included), ``package`` the
-    distribution it needs and ``versions`` the half-open range of versions.
+    distribution it needs and ``versions`` the half-open range of versions, which begins later on
+    the compute capabilities in ``sm_versions``.
 
     ``scale``, ``lse_option`` and ``grouped_option`` are the keywords for the softmax scale, for
     the log-sum-exp (returned second), and for fewer key heads than query heads. Without ``scale``
@@ -68,6 +69,7 @@ class Implementation:
     dtypes: tuple[str, ...] = SIXTEEN_BIT
     package: str | None = None
     versions: tuple[str, str] | None = None
+    sm_versions: tuple[tuple[int, str], ...] = ()
     install: str = ""
     systems: tuple[str, ...] = ("Linux", "Windows", "Darwin")
     grouped_heads: bool = False
@@ -114,7 +116,7 @@ class Implementation:
         if self.package:
             windows = hardware.system == "Windows"
             package = _ON_WINDOWS.get(self.package, self.package) if windows else self.package
-            yield from self._package_objections(package, hardware.packages.get(package))
+            yield from self._package_objections(package, hardware.packages.get(package), device)
 
     def padding_share(self, keys: int) -> float:
         """The most of a row's weight that padding taken for keys can get.
@@ -125,14 +127,20 @@ class Implementation:
         padding = -keys % self.key_block
         return padding / (keys + padding)
 
-    def _package_objections(self, package: str, found: str | None) -> Iterator[Objection]:
+    def _package_objections(
+        self, package: str, found: str | None, device: Device
+    ) -> Iterator[Objection]:
         if found is None:
             yield Objection("package-missing", {"package": package, "install": self.install})
-        elif self.versions and not _within(found, self.versions):
-            needed = f"{self.versions[0]} or newer, below {self.versions[1]}"
+        elif self.versions and not _within(found, versions := self._versions_on(device)):
+            needed = f"{versions[0]} or newer, below {versions[1]}"
             yield Objection(
                 "package-version", {"package": package, "needed": needed, "found": found}
             )
+
+    def _versions_on(self, device: Device) -> tuple[str, str]:
+        first, last = self.versions or ("0", "0")
+        return dict(self.sm_versions).get(device.sm, first), last
 
     def objection(self, problem: Problem, device: Device, hardware: Hardware) -> Objection | None:
         """The first of :meth:`objections`, or None: the row can be tried."""
@@ -157,6 +165,7 @@ def _list(values: Iterable[object]) -> str:
 _AMPERE_UP = (80, 86, 87, 89, 90, 100, 103, 120, 121)
 _ADA_UP = (89, 90, 100, 103, 120, 121)
 _OUR_HEAD_DIMS = tuple(range(8, 257, 8))
+_FP4_HEAD_DIMS = tuple(range(8, 256, 8))
 _ANY_FLOAT = (*SIXTEEN_BIT, "float32")
 
 ROWS: tuple[Implementation, ...] = (
@@ -335,6 +344,23 @@ ROWS: tuple[Implementation, ...] = (
         log_sum_exp=True,
     ),
     Implementation(
+        name="sagewan.sageattn_3_fp4",
+        mode="sageattn_3_fp4",
+        call="sagewan.kernels.fp4_attention:sageattn_3_fp4",
+        qk="nvfp4",
+        pv="nvfp4",
+        lse_option="return_lse",
+        sms=(100, 103, 120, 121),
+        head_dims=_FP4_HEAD_DIMS,
+        package="triton",
+        versions=("3.6", "4"),
+        sm_versions=((121, "3.8"),),  # older ones do not compile FP4 products for it
+        install="pip install triton, on Windows triton-windows",
+        systems=("Linux", "Windows"),
+        grouped_heads=True,
+        log_sum_exp=True,
+    ),
+    Implementation(
         name="sageattn3.blackwell",
         mode="sageattn_3_fp4",
         call="sageattn3:sageattn3_blackwell",
@@ -388,6 +414,24 @@ ROWS: tuple[Implementation, ...] = (
         log_sum_exp=True,
         emulated=True,
         trusted=True,
+    ),
+    Implementation(
+        # The kernel of sagewan.sageattn_3_fp4, which multiplies the same numbers in float16.
+        name="emulated.sageattn_3_fp4_unpacked",
+        mode="sageattn_3_fp4",
+        call="sagewan.kernels.fp4_attention:sageattn_3_fp4",
+        qk="nvfp4",
+        pv="nvfp4",
+        lse_option="return_lse",
+        sms=(80, 86, 87, 89, 90),
+        head_dims=_FP4_HEAD_DIMS,
+        package="triton",
+        versions=("3.6", "4"),
+        install="pip install triton, on Windows triton-windows",
+        systems=("Linux", "Windows"),
+        grouped_heads=True,
+        log_sum_exp=True,
+        emulated=True,
     ),
     Implementation(
         name="emulated.sageattn_3_fp4",

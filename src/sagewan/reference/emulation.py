@@ -109,13 +109,21 @@ def sageattn_3_fp4(
     scaled, smooth = _scale(q, scale), _minus_mean(k)
     centred, q_means = _minus_block_means(scaled, block_m)
     operands = _Prepared(
-        q=formats.nvfp4(centred).value(),
-        k=formats.nvfp4(smooth).value(),
-        v=formats.nvfp4(v.mT).value().mT,  # scales run along the keys, which P·V sums over
+        q=formats.nvfp4_rows(centred).value(),
+        k=formats.nvfp4_rows(smooth).value(),
+        v=_nvfp4_columns(v),
         k_exact=smooth,
         q_means=q_means,
     )
     return _finish(q, k, scaled, _online_softmax(operands, _p_nvfp4, block_m, block_n), return_lse)
+
+
+def _nvfp4_columns(v: Tensor) -> Tensor:
+    """V in NVFP4 with a global scale for each channel; groups run along the keys, which P·V sums
+    over."""
+    channels = v.float().mT
+    scale = formats.power_of_two_scale(channels.abs().amax(-1, keepdim=True), 2.0**-120)
+    return formats.nvfp4(channels, scale).value().mT
 
 
 def _fine_int8(scaled: Tensor, k: Tensor, v: Tensor, block_m: int) -> _Prepared:

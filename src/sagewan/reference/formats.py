@@ -73,6 +73,23 @@ def nvfp4(x: Tensor, global_scale: Tensor | None = None) -> Scaled:
     return Scaled(data.flatten(-2)[..., :size], scale * global_scale)
 
 
+def power_of_two_scale(top: Tensor, least: float = 2.0**-30) -> Tensor:
+    """Largest magnitudes → the power of two that brings each within NVFP4's 448·6, at least
+    ``least``: a global scale that changes no digit of what it scales."""
+    wanted = (top.float() / (E4M3_MAX * E2M1_MAX)).clamp(min=least)
+    mantissa, exponent = wanted.frexp()
+    # frexp's mantissa is half for a power of two.
+    return torch.ldexp(torch.ones_like(wanted), exponent - (mantissa == 0.5).int())
+
+
+def nvfp4_rows(x: Tensor, rows: int = 128) -> Scaled:
+    """[..., N, D] → NVFP4 with one global scale, a power of two, for each ``rows`` rows."""
+    count = x.shape[-2]
+    blocks = F.pad(x.float(), (0, 0, 0, -count % rows)).unflatten(-2, (-1, rows))
+    scale = power_of_two_scale(blocks.abs().amax((-2, -1)))
+    return nvfp4(x, scale.repeat_interleave(rows, -1)[..., :count, None])
+
+
 def rotate(x: Tensor) -> Tensor:
     """[..., D] → x·S·H, orthogonal: signs, and Hadamard matrices of the largest power of two in D
     (up to 128).

@@ -16,7 +16,7 @@ if [ "$part" != rest ]; then
     --seconds "${DIT_SECONDS:-330}"
 fi
 if [ "$part" != weights ]; then
-  python "$here/score.py" --model "$model" --sweep 2 3 4 5 --out "$out/sweep"
+  python "$here/score.py" --model "$model" --sweep 2.5 3.5 5 --out "$out/sweep"
   # Neither LoRA's failure is to cost the other one, or the scores.
   python "$here/train_distill.py" --model "$model" --out "$out/loras/four-steps.safetensors" || true
   python "$here/train_style.py" --model "$model" --out "$out/loras/night.safetensors" || true

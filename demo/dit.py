@@ -143,6 +143,8 @@ def forward(
     cos, sin = model.rope(latents)
     rotary = (cos[..., 0::2], sin[..., 1::2])
     x = _patches(model.patch_embedding, latents).float()
+    if torch.is_grad_enabled() and not x.requires_grad:
+        x.requires_grad_()  # so that the first block is compiled as the others are
 
     embedder = model.condition_embedder
     step = embedder.time_embedder(embedder.timesteps_proj(times.flatten()).float())

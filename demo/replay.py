@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 WARM_UP = 3
+_GRAPHS: list[torch.cuda.CUDAGraph] = []  # all ever made: the pool they share ends with the last
 
 
 @cache
@@ -43,6 +44,7 @@ class Replay:
         with torch.cuda.graph(self.graph, pool=_pool(), stream=stream):
             step()
         torch.cuda.synchronize()
+        _GRAPHS.append(self.graph)
 
     def __call__(self) -> None:
         if self.graph is None:

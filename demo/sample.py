@@ -140,13 +140,21 @@ def generate(
     sampling: Sampling | None = None,
     block_step: object = dit.block_forward,
 ) -> Tensor:
-    """noise [B, C, t, h, w]; first: latents [B, C, 1, h, w] of given first frames → latents."""
+    """noise [B, C, t, h, w]; first: latents [B, C, 1, h, w] of given first frames → latents.
+
+    On a GPU the transformer and the text encoder multiply in bf16.
+    """
     sampling = sampling or Sampling()
     scheduler = sampling.start(noise.device)
     told = prompts if sampling.cfg == 1 else prompts + [""] * len(prompts)
-    text = dit.embed_text(parts.text_encoder, token_ids(parts.tokenizer, told).to(noise.device))
+    ids = token_ids(parts.tokenizer, told).to(noise.device)
+    # The scheduler stays outside, in float32.
+    fast = torch.autocast(noise.device.type, torch.bfloat16, enabled=noise.is_cuda)
+    with fast:
+        text = dit.embed_text(parts.text_encoder, ids)
     latents = noise
     for t in scheduler.timesteps:
-        found = velocity(parts, latents, t, text, first, sampling.cfg, block_step)
+        with fast:
+            found = velocity(parts, latents, t, text, first, sampling.cfg, block_step)
         latents = scheduler.step(found, t, latents, return_dict=False)[0]
     return latents if first is None else torch.cat([first, latents[:, :, 1:]], 2)

@@ -1,6 +1,6 @@
 """Score the demo model on held-out prompts: does each clip show everything its prompt says?
 
-    python demo/score.py --model build/dit/model --sweep 2 3 4 5 --out build/sweep
+    python demo/score.py --model build/dit/model --sweep 2.5 3.5 5 --out build/sweep
     python demo/score.py --model build/dit/model --lora build/four.safetensors --out build/score
 
 With `--sweep` some other held-out prompts are tried at each guidance, and the best becomes the
@@ -128,8 +128,7 @@ def make(
         sampling = FOUR_STEPS
     if long:
         sampling = replace(sampling, shift=models.LONG_SHIFT)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        latents = sample.generate(parts, case.prompts, noise, first, sampling, step)
+    latents = sample.generate(parts, case.prompts, noise, first, sampling, step)
     return decode(parts, latents), given
 
 

@@ -155,7 +155,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--long-batch", type=int, default=4)
+    parser.add_argument("--long-batch", type=int, default=3)
     parser.add_argument("--clips", type=int, default=20480)
     parser.add_argument("--long-clips", type=int, default=288)
     parser.add_argument("--captions", type=int, default=16, help="texts for each clip")

@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a pipeline folder")
     parser.add_argument("--out", type=Path, required=True, help="the LoRA's file")
-    parser.add_argument("--seconds", type=float, default=55)
+    parser.add_argument("--seconds", type=float, default=45)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=64)

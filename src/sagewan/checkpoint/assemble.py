@@ -74,12 +74,14 @@ def _described(experts: Experts, vae: dict[str, Any], vae_path: Path, name: str)
 def _with_parts(experts: Experts, path: Path, name: str) -> Model:
     search = Search(experts.paths[0])
     architecture = experts.architecture
-    vae = search.weights(VAE, lambda s: config_of(s)["z_dim"] == architecture.out_channels)
+    vae = search.weights(
+        VAE, lambda found: _side(found, "post_quant_conv.weight", 0) == architecture.out_channels
+    )
     if vae is None:
         raise _missing(f"VAE of {architecture.out_channels} channels", search)
     model = _described(experts, config_of(vae), vae.path, name)
     text_encoder = search.weights(
-        TEXT_ENCODER, lambda s: config_of(s)["d_model"] == architecture.text_dim
+        TEXT_ENCODER, lambda found: _side(found, "shared.weight", 1) == architecture.text_dim
     )
     if text_encoder is None:
         raise _missing(f"text encoder (UMT5 of {architecture.text_dim} features)", search)
@@ -88,6 +90,12 @@ def _with_parts(experts: Experts, path: Path, name: str) -> Model:
     parts["tokenizer"] = _tokenizer(text_encoder, search)
     parts |= _image_parts(architecture, search)
     return replace(model, location=path, parts=parts)
+
+
+def _side(source: Source, name: str, index: int) -> int | None:
+    """One side of a weight, which tells what the part fits to; None if it has no such side."""
+    shape = source.shape(name) or ()
+    return shape[index] if index < len(shape) else None
 
 
 def _tokenizer(text_encoder: Source, search: Search) -> Path:
@@ -103,7 +111,8 @@ def _image_parts(architecture: Architecture, search: Search) -> dict[str, Path]:
     if architecture.image_dim is None:
         return {}
     found = search.weights(
-        IMAGE_ENCODER, lambda s: config_of(s)["hidden_size"] == architecture.image_dim
+        IMAGE_ENCODER,
+        lambda found: _side(found, "pre_layrnorm.weight", 0) == architecture.image_dim,
     )
     if found is None:
         raise _missing(f"image encoder (CLIP of {architecture.image_dim} features)", search)

@@ -88,7 +88,7 @@ class Search:
                 folder = place / name
                 if (folder / "config.json").is_file():
                     yield folder
-                elif folder.is_dir():
+                if folder.is_dir():
                     yield from weight_files(folder)
 
     def _places(self) -> Iterator[Path]:

@@ -60,9 +60,10 @@ def _vae(names: Collection[str], layout: str) -> Renaming:
 
 def _text_encoder(names: Collection[str], layout: str) -> Renaming:
     if layout == "transformers":
-        # The input's embedding is one tensor under two names.
-        doubled = "encoder.embed_tokens.weight"
-        return {name: () if name == doubled else (name,) for name in names}
+        # The input's embedding is one tensor under two names, or under either.
+        doubled, first = "encoder.embed_tokens.weight", "shared.weight"
+        own = {doubled: () if first in names else (first,)}
+        return {name: own.get(name, (name,)) for name in names}
     found = {name: text_encoder_name(name) for name in names}
     return {name: (new,) if new else () for name, new in found.items()}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from sagewan.checkpoint.source import Source
 from sagewan.errors import CheckpointError
 
-# Weights that a part may have under a second name.
+# Weights that a module has under a second name.
 SAME: Mapping[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}
 # What files hold beyond the model, and diffusers leaves out too.
 _UNUSED = "norm_added_q"
@@ -18,18 +18,23 @@ def check_whole(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
         raise CheckpointError(f"{source.path} {problem}")
 
 
+def same_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether two shapes are one but for sides of 1, which some layouts have and others lack."""
+    return [side for side in found if side != 1] == [side for side in wanted if side != 1]
+
+
 def problems(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """What is wrong, in the words that follow the file's name."""
     if missing := sorted(shapes.keys() - source.entries.keys()):
         yield f"lacks {len(missing)} of its weights, such as {missing[0]}: fetch it again"
     for name in sorted(shapes.keys() & source.entries.keys()):
         found, wanted = source.entries[name].shape, tuple(shapes[name])
-        if found != wanted:
+        if not same_shape(found, wanted):
             yield (
                 f"holds {name} in the shape {list(found)}, and by its config or its other weights "
                 f"it is {list(wanted)}: fetch it again"
             )
-    others = [*source.unknown, *(source.entries.keys() - shapes.keys() - SAME.keys())]
+    others = [*source.unknown, *(source.entries.keys() - shapes.keys())]
     if more := sorted(name for name in others if _UNUSED not in name):
         yield (
             f"holds {len(more)} weights that this model has no place for, such as {more[0]}: it is "

@@ -40,7 +40,7 @@ def fill(module: Any, source: Source, dtype: torch.dtype, kept: tuple[str, ...] 
     check_whole(source, {name: module.get_parameter(full).shape for name, full in names.items()})
     for name, full in names.items():
         kind = torch.float32 if any(part in name.split(".") for part in kept) else dtype
-        _place(module, full, _read(source, name, kind))
+        _place(module, full, _read(source, name, kind, module.get_parameter(full).shape))
     for name, first in same.items():
         _place(module, wanted[name], module.get_parameter(wanted[first]))
     return module
@@ -51,10 +51,11 @@ def kept_in_float32(model: Any) -> tuple[str, ...]:
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def _read(source: Source, name: str, dtype: torch.dtype) -> nn.Parameter:
+def _read(source: Source, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> nn.Parameter:
     found = source.read(name)
     weight = found.to(dtype) if isinstance(found, Tensor) else unpack(found, dtype)
-    return nn.Parameter(weight, requires_grad=False)
+    # Some layouts have sides of 1 that others have not.
+    return nn.Parameter(weight.view(shape), requires_grad=False)
 
 
 def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

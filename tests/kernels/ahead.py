@@ -15,7 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sagewan.kernels import fp4_attention, fp8_attention, int8_attention, prepare, prepare_fp4
+from sagewan.kernels import (
+    fp4_attention,
+    fp8_attention,
+    fp8_linear,
+    int8_attention,
+    nvfp4_unpack,
+    prepare,
+    prepare_fp4,
+    thin_linear,
+)
 from sagewan.kernels import launch as launching
 
 # Bytes of shared memory that one block may have.
@@ -38,6 +47,16 @@ _TYPES = {
     torch.int32: "*i32",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
+_LAUNCHERS: tuple[Any, ...] = (
+    prepare,
+    prepare_fp4,
+    int8_attention,
+    fp8_attention,
+    fp4_attention,
+    fp8_linear,
+    nvfp4_unpack,
+    thin_linear,
+)
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -96,9 +115,9 @@ def record(sm: int, run: Callable[[], object]) -> list[Launch]:
         launches.append(Launch(kernel, arguments, schedule))
 
     with ExitStack() as stack:
-        for module in (prepare, prepare_fp4, int8_attention, fp8_attention, fp4_attention):
+        for module in _LAUNCHERS:
             stack.enter_context(mock.patch.object(module, "launch", note))
-            if module is not prepare:
+            if hasattr(module, "compute_capability"):
                 stack.enter_context(mock.patch.object(module, "compute_capability", capability))
         run()
     return launches

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_kernels_under_the_interpreter() -> None:
+
+@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_linear.py"])
+def test_kernels_under_the_interpreter(file: str) -> None:
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", here / "interpreted.py", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", here / file, "-p", "no:cacheprovider"],
         cwd=here.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -16,15 +16,24 @@ from sagewan.errors import CheckpointError
 from sagewan.pipeline.build import Components, build
 from sagewan.pipeline.session import Part, Session
 from sagewan.plan.lora import Lora, LoraFile
-from sagewan.plan.models import PUBLISHED
+from sagewan.plan.models import PUBLISHED, Model
 from tests.loras import pairs, write
 from tests.pipeline.runs import plan_for
 
 Folder = Callable[[str], Path]
 
 
+def plain_plan(
+    model: Model, dtype: str = "float32", loras: tuple[LoraFile, ...] = ()
+) -> SimpleNamespace:
+    """As much of a plan as the building of components asks for."""
+    weights = SimpleNamespace(format=None, unpacks=False, quantises=lambda name: False)
+    device = SimpleNamespace(torch_name="cpu")
+    return SimpleNamespace(model=model, dtype=dtype, loras=loras, weights=weights, device=device)
+
+
 def components(folder: Path, dtype: str = "float32") -> Components:
-    plan = SimpleNamespace(model=find_model(str(folder)), dtype=dtype, loras=())
+    plan = plain_plan(find_model(str(folder)), dtype)
     return build(plan, Launcher())
 
 
@@ -174,7 +183,7 @@ def test_a_broken_tokenizer_is_refused(copied: Path, file: str, text: str) -> No
 
 def test_a_model_known_by_name_alone_can_t_be_built() -> None:
     with pytest.raises(CheckpointError, match="only its name is known"):
-        build(SimpleNamespace(model=PUBLISHED["wan2.1-t2v-14b"], dtype="float32"), Launcher())
+        build(plain_plan(PUBLISHED["wan2.1-t2v-14b"]), Launcher())
 
 
 def test_sharded_weights_are_read(copied: Path, shrunken_folder: Folder) -> None:
@@ -258,7 +267,7 @@ def test_a_lora_is_on_its_expert_alone(shrunken_folder: Folder, tmp_path: Path) 
         path = write(tmp_path / "a.safetensors", pairs(module))
     model = find_model(str(folder))
     loras = find_loras((Lora(path=path, expert="low"),), model)
-    plan = SimpleNamespace(model=model, dtype="float32", loras=loras)
+    plan = plain_plan(model, loras=loras)
     changed = []
     for part in build(plan, Launcher()).transformers:
         with part.on("cpu") as module:
@@ -273,7 +282,7 @@ def test_another_lora_does_not_load_the_model_again(
     session = Session()
 
     def outputs(*loras: LoraFile) -> tuple[Any, torch.Tensor]:
-        plan = SimpleNamespace(model=model, dtype="float32", loras=loras)
+        plan = plain_plan(model, loras=loras)
         (part,) = build(plan, Launcher(), session).transformers
         with part.on("cpu") as module, torch.inference_mode():
             return module, module.blocks[0].ffn(torch.ones(1, 3, 256))

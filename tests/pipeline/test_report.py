@@ -29,7 +29,13 @@ def test_a_report_on_a_gpu() -> None:
     hardware = machine("H100", torch="2.13.0")
     request = Request(prompt="a cat", attention="sageattn_3_fp4", seed=1)
     plan = make_plan(request, WAN_14B, hardware, Evidence())
-    measured = Measured(ran=(RAN,), weight_bytes=28, peak_device_bytes=99)
+    measured = Measured(
+        ran=(RAN,),
+        formats={"bfloat16": 400, "float32": 3},
+        multiplied=(),
+        weight_bytes=28,
+        peak_device_bytes=99,
+    )
     timings = Timings({"load": 1.0, "denoise": 3.0}, {"denoise": (1.0, 2.0), "decode": (9.0,)})
     report = json.loads(
         json.dumps(make_report(plan, hardware, planned_changes(plan), measured, timings))
@@ -37,7 +43,14 @@ def test_a_report_on_a_gpu() -> None:
     assert report["attention"]["ran"] == [RAN]
     assert report["attention"]["requested"] == "sageattn_3_fp4"
     assert report["attention"]["fallbacks"][0]["from"] == "sageattn_3_fp4"
-    assert report["weights"] == {"format": "bfloat16", "bytes": 28, "compute": "bfloat16"}
+    assert report["weights"] == {
+        "requested": "auto",
+        "format": "bfloat16",
+        "bytes": 28,
+        "compute": "bfloat16",
+        "layers": {"bfloat16": 400, "float32": 3},
+        "lora": [],
+    }
     assert report["memory"] == {
         "peak_device_bytes": 99,
         "resident_blocks": 40,
@@ -58,7 +71,9 @@ def test_a_report_on_a_gpu() -> None:
 def test_emulation_is_labelled_by_what_ran(implementation: str, emulated: bool) -> None:
     plan = make_plan(Request(prompt="a cat"), WAN_14B, machine("H100"), Evidence())
     ran = {**RAN, "implementation": implementation}
-    measured = Measured(ran=(ran,), weight_bytes=0, peak_device_bytes=None)
+    measured = Measured(
+        ran=(ran,), formats={}, multiplied=(), weight_bytes=0, peak_device_bytes=None
+    )
     report = make_report(plan, machine("H100"), (), measured, Timings({}, {}))
     assert report["attention"]["emulated"] is emulated
 

@@ -147,7 +147,7 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_named() -> None:
 
 
 def test_a_model_that_can_not_fit_the_card_is_told_before_it_loads() -> None:
-    request, hardware = Request(prompt="x"), machine("4090")
+    request, hardware = Request(prompt="x", quantization="none"), machine("4090")
     notes = make_plan(request, WAN_14B, hardware, Evidence()).notes
     assert any("weights alone take 26.6 GiB" in note and "23.0 GiB free" in note for note in notes)
     assert not any("fit" in note for note in plan_for(WAN_14B).notes)
@@ -158,7 +158,7 @@ def test_a_model_that_can_not_fit_the_card_is_told_before_it_loads() -> None:
     [
         ({"scheduler": "lcm"}, "distilled"),
         ({"emulate": True}, "emulate changes nothing here: sdpa"),
-        ({"preset": "quality", "dtype": "float32"}, "weights are kept in float32"),
+        ({"preset": "low-vram"}, "distilled LoRA"),
     ],
 )
 def test_settings_that_need_a_word_get_one(fields: dict, note: str) -> None:

@@ -13,7 +13,7 @@ from sagewan.plan.evidence import Evidence
 from sagewan.plan.lora import Lora
 from sagewan.plan.modes import AUTO, MODES, PRESETS
 from sagewan.plan.plan import make_plan
-from sagewan.plan.request import SCHEDULERS, Ends, Request
+from sagewan.plan.request import QUANTIZATIONS, SCHEDULERS, Ends, Request
 from sagewan.plan.serialize import (
     field_types,
     fields_from_json,
@@ -61,6 +61,7 @@ def requests(draw: st.DrawFn) -> Request:
         attention=attention,
         attention_ends=attention_ends,
         attention_keep_layers=tuple(layers),
+        quantization=draw(st.sampled_from([None, *QUANTIZATIONS])),
         lora=tuple(draw(st.lists(loras, max_size=2))),
         steps=draw(st.none() | st.integers(1, 1000)),
         cfg=draw(st.none() | st.floats(0, 100)),

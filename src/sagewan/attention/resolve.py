@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from sagewan.plan.catalogue import Implementation
 from sagewan.plan.objection import Objection
+from sagewan.plan.row import Row
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class ImplementationError(Exception):
         self.objection = objection
 
 
-def load(row: Implementation) -> Function:
+def load(row: Row) -> Function:
     """Import the function that a row names. Raises ImplementationError with the reason.
 
     Packages for a GPU that is absent, or built for another torch, fail in every way at import:
@@ -48,7 +48,7 @@ def load(row: Implementation) -> Function:
     return function  # type: ignore[no-any-return]
 
 
-def name_of(function: Function, row: Implementation) -> str:
+def name_of(function: Function, row: Row) -> str:
     """The row's name if this is the function it names, by the function's own account.
 
     A function that was put in its place is reported as what it is: ``module.qualified_name``.

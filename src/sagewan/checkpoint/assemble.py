@@ -9,7 +9,7 @@ from sagewan.checkpoint.architecture import Architecture
 from sagewan.checkpoint.describe import Traits, is_published, model_of, nearest
 from sagewan.checkpoint.experts import Experts, find_experts
 from sagewan.checkpoint.folder import read_model
-from sagewan.checkpoint.infer import config_of
+from sagewan.checkpoint.infer import config_of, quantized_as
 from sagewan.checkpoint.places import Search
 from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, VAE
 from sagewan.checkpoint.source import Source
@@ -63,7 +63,7 @@ def _described(experts: Experts, vae: dict[str, Any], vae_path: Path, name: str)
         config=experts.paths[0],
         vae_config=vae_path,
     )
-    model = model_of(traits, name)
+    model = replace(model_of(traits, name), quantized=quantized_as(experts.sources[0]))
     near = nearest(model)
     notes = experts.notes
     if not is_published(model, near):

@@ -13,7 +13,7 @@ from typing import Any
 from sagewan.checkpoint.architecture import Architecture
 from sagewan.checkpoint.describe import Traits, is_published, model_of, nearest
 from sagewan.checkpoint.files import read_json, tensor_files
-from sagewan.checkpoint.infer import config_of
+from sagewan.checkpoint.infer import config_of, quantized_as
 from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
 from sagewan.checkpoint.source import open_source
 from sagewan.errors import CheckpointError
@@ -34,6 +34,8 @@ _SCHEDULERS = {
     "FlowMatchEulerDiscreteScheduler": "flow-euler",
     "FlowMatchLCMScheduler": "lcm",
 }
+
+_PLAIN = ("float64", "float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,10 @@ def read_model(path: Path, name: str | None = None, experts: tuple[Path, ...] = 
         parts=parts,
         words=_words(path),
     )
-    for component in WITH_WEIGHTS & parts.keys():
-        tensor_files(parts[component])
-    return model
+    files = {part: tensor_files(parts[part]) for part in WITH_WEIGHTS & parts.keys()}
+    if all(x.dtype in _PLAIN for file in files["transformer"] for x in file.tensors.values()):
+        return model
+    return replace(model, quantized=quantized_as(open_source(parts["transformer"], TRANSFORMER)))
 
 
 def _parts(folder: Folder, experts: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:

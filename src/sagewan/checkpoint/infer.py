@@ -208,6 +208,13 @@ def main_format(source: Source) -> str:
     return next(iter(formats(matrices or entries)), "nothing")
 
 
+def quantized_as(source: Source) -> str | None:
+    """The format of the matrices of its blocks if they are packed, None if they are plain."""
+    packed = [one for one in source.entries.values() if one.weight.is_packed]
+    main = main_format(source)
+    return main if any(one.format == main for one in packed) else None
+
+
 def formats(entries: Iterable[Entry]) -> dict[str, int]:
     """Bytes by format, the most first."""
     found: dict[str, int] = {}

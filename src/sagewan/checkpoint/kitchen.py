@@ -33,6 +33,15 @@ def unpack_nvfp4(data: Tensor, scale: Tensor, tensor_scale: Tensor) -> Tensor:
     return unpacked
 
 
+def multiply_nvfp4(x: Tensor, data: Tensor, scale: Tensor, tensor_scale: Tensor) -> Tensor:
+    """x [M, K] in 16 bit times an FP4 weight [N', K'] as above → [M', N'], on Blackwell."""
+    rows, row_scale, own_scale = quantize_nvfp4(x)
+    out: Tensor = comfy_kitchen.scaled_mm_nvfp4(
+        rows, data, own_scale, tensor_scale, row_scale, scale, out_dtype=x.dtype
+    )
+    return out
+
+
 def unpack_mxfp8(data: Tensor, scale: Tensor) -> Tensor:
     """data e4m3 [N', K'] and its powers of two, e8m0 in the swizzle → float32 [N', K']."""
     powers = scale.view(torch.float8_e8m0fnu)

@@ -10,7 +10,7 @@ from sagewan.errors import RequestError
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.modes import AUTO, MODES, PRESETS
 from sagewan.plan.parse import REPEATED, parsed
-from sagewan.plan.request import SCHEDULERS, Request
+from sagewan.plan.request import QUANTIZATIONS, SCHEDULERS, Request
 from sagewan.plan.serialize import field_types, settings_from_json
 
 
@@ -34,6 +34,9 @@ FLAGS: Mapping[str, Flag] = {
     "attention": Flag("MODE", f"{', '.join((*MODES, AUTO))} (auto)", "a"),
     "attention_ends": Flag("MODE:N,M", "another mode for the first N and last M steps"),
     "attention_keep_layers": Flag("0,39", "layers that keep the mode of --attention-ends"),
+    "quantization": Flag(
+        "Q", f"how the transformer's weights are kept: {', '.join(QUANTIZATIONS)} (auto)", "q"
+    ),
     "lora": Flag(
         "FILE[:S]",
         "a LoRA, with a strength if not 1; may be repeated. For one expert of Wan 2.2 A14B: "

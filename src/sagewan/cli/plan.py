@@ -68,6 +68,10 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     ]
     rows += [("", f"{row.name} is tested before the run") for row in plan.attention.unproven]
     rows.append(("weights", _memory(plan)))
+    if plan.weights.main:
+        main = plan.weights.main
+        rows.append(("", f"{plan.weights.format}, multiplied by {main.name} ({main.compute})"))
+        rows += [("", f"{row.name} is tested before the run") for row in plan.weights.unproven]
     rows += [("note", note) for note in plan.notes]
     return rows
 

@@ -94,9 +94,8 @@ class Adapters:
             return
         parts = _summed(changes)
         _check(name, parts, (module.out_features, module.in_features))
-        target = module.bias if module.bias is not None else module.weight
-        dtype = target.dtype if target.dtype.is_floating_point else self._dtype
-        term = LoraTerm({key: x.to(target.device, dtype) for key, x in parts.items()})
+        weight = module.weight
+        term = LoraTerm({key: x.to(weight.device, weight.dtype) for key, x in parts.items()})
         setattr(module, _NAME, term)
         self._terms[name] = module.register_forward_hook(_add)
 
@@ -119,11 +118,6 @@ class Adapters:
         for difference in differences:
             whole = whole + difference.to(parameter.device)
         parameter.copy_(whole)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._transformer.dtype  # type: ignore[assignment]
-        return dtype
 
 
 def _add(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

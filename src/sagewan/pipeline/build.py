@@ -5,8 +5,9 @@ never asked. The transformer has the plan's dtype, but for the modules that diff
 float32; the VAE and the CLIP image encoder are float32, as diffusers' examples advise.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,16 @@ from sagewan.checkpoint.source import open_source
 from sagewan.checkpoint.tokenizer import load_tokenizer
 from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
-from sagewan.pipeline.fill import check_statistics, damage_told, empty, fill, kept_in_float32
+from sagewan.model.linear import Multiplier
+from sagewan.pipeline.fill import (
+    Packing,
+    check_statistics,
+    damage_told,
+    empty,
+    fill,
+    kept_in_float32,
+)
+from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.session import Part, Session
 from sagewan.plan.lora import LoraFile
 from sagewan.plan.plan import Plan
@@ -37,18 +47,29 @@ class Components:
     image_encoder: Part | None
     image_processor: Any
     attention: Attention
+    multiplier: Multiplier
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the transformers that have run."""
         return sum(part.weight_bytes for part in self.transformers)
 
+    @property
+    def formats(self) -> dict[str, int]:
+        """How many matrices of the transformers that have run are stored in each format."""
+        counts: Counter[str] = Counter()
+        for part in self.transformers:
+            counts.update(part.formats)
+        return dict(counts)
 
-def build(plan: Plan, launcher: Launcher, session: Session | None = None) -> Components:
+
+def build(
+    plan: Plan, launcher: Launcher, session: Session | None = None, watch: Watch | None = None
+) -> Components:
     """Components of the plan's model, whose self-attention runs through ``launcher``.
 
     Loads the tokenizer; the models follow when they are used, unless the session has them from the
-    run before. What else it has is freed.
+    run before. What else it has is freed. ``watch`` is told how the quantising goes.
     """
     parts = plan.model.parts
     if not parts:
@@ -56,7 +77,9 @@ def build(plan: Plan, launcher: Launcher, session: Session | None = None) -> Com
     dtype: torch.dtype = getattr(torch, plan.dtype)
     names = ("transformer", "transformer_2")[: plan.model.experts]
     with_picture = plan.model.image_encoder
+    stored = plan.weights.format or ("unpacked" if plan.weights.unpacks else "")
     shelf = _Shelf(session or Session(keeps=False), parts, plan.dtype)
+    watch = watch or Watch()
     components = Components(
         tokenizer=_tokenizer(parts["tokenizer"]),
         text_encoder=shelf.part(
@@ -66,7 +89,8 @@ def build(plan: Plan, launcher: Launcher, session: Session | None = None) -> Com
         transformers=tuple(
             shelf.expert(
                 name,
-                partial(_expert, dtype=dtype),
+                partial(_expert, plan=plan, watch=watch),
+                stored,
                 tuple(file for file in plan.loras if index in file.experts),
             )
             for index, name in enumerate(names)
@@ -74,6 +98,7 @@ def build(plan: Plan, launcher: Launcher, session: Session | None = None) -> Com
         image_encoder=shelf.part("image_encoder", _image_encoder) if with_picture else None,
         image_processor=_image_processor(parts.get("image_processor")) if with_picture else None,
         attention=Attention(launcher),
+        multiplier=Multiplier(),
     )
     shelf.close()
     return components
@@ -86,21 +111,27 @@ class _Shelf:
     session: Session
     parts: Mapping[str, Path]
     dtype: str
-    _keys: list[tuple[Path, str, str]] = field(default_factory=list)
+    _keys: list[tuple[Path, str, str, str]] = field(default_factory=list)
 
     def part(
-        self, name: str, load: Callable[[Path], Any], blocks: Callable[[Any], Any] | None = None
+        self,
+        name: str,
+        load: Callable[[Path], Any],
+        blocks: Callable[[Any], Any] | None = None,
+        stored: str = "",
     ) -> Part:
         path = self.parts[name]
-        key = (path, name, self.dtype)
+        key = (path, name, self.dtype, stored)
         self._keys.append(key)
         loaded = partial(load, path)
         part = Part(name, loaded, blocks) if blocks else Part(name, loaded)
         return self.session.part(key, part)
 
-    def expert(self, name: str, load: Callable[[Path], Any], loras: tuple[LoraFile, ...]) -> Part:
-        """A transformer, with the LoRAs that this run wants on it."""
-        part = self.part(name, load, lambda transformer: transformer.blocks)
+    def expert(
+        self, name: str, load: Callable[[Path], Any], stored: str, loras: tuple[LoraFile, ...]
+    ) -> Part:
+        """A transformer, stored so, with the LoRAs that this run wants on it."""
+        part = self.part(name, load, lambda transformer: transformer.blocks, stored)
         part.loras = loras
         return part
 
@@ -109,13 +140,24 @@ class _Shelf:
         self.session.only(self._keys)
 
 
-def _expert(path: Path, dtype: torch.dtype) -> Any:
+def _expert(path: Path, plan: Plan, watch: Watch) -> Any:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     source = open_source(path, TRANSFORMER)
     with damage_told(path):
         transformer = empty(lambda: WanTransformer3DModel.from_config(config_of(source)))
-    return fill(transformer, source, dtype, kept_in_float32(WanTransformer3DModel))
+    weights, dtype = plan.weights, getattr(torch, plan.dtype)
+    packing = Packing(
+        formats=lambda layer: weights.format if weights.quantises(layer) else None,
+        unpacks=weights.unpacks,
+        device=plan.device.torch_name,
+        told=lambda done, _all: watch.step(done),
+    )
+    if weights.format is None or plan.model.quantized:
+        packing = replace(packing, told=lambda *_: watch.check())
+        return fill(transformer, source, dtype, kept_in_float32(WanTransformer3DModel), packing)
+    with watch.within(f"quantising {path.name}", len(source.entries)):
+        return fill(transformer, source, dtype, kept_in_float32(WanTransformer3DModel), packing)
 
 
 def _vae(path: Path) -> Any:

@@ -59,8 +59,9 @@ def decide(
     if evidence is None:
         evidence = stored_evidence(plan, hardware)
         plan = make_plan(request, model, hardware, evidence, loras)
-    while plan.attention.unproven:
+    while plan.attention.unproven or plan.weights.unproven:
         evidence = prove(plan.attention, plan.device, hardware, evidence, watch=watch)
+        evidence = prove_products(plan, evidence, watch=watch)
         plan = make_plan(request, model, hardware, evidence, loras)
     return Decision(request=request, model=model, hardware=hardware, evidence=evidence, plan=plan)
 
@@ -91,6 +92,21 @@ def prove(
         if test.objection:
             logger.warning("%s can't be used: %s", row.name, test.objection.sentence())
         store(test, device, hardware, attention.problem)
+        evidence = evidence.with_test(test)
+    return evidence
+
+
+def prove_products(plan: Plan, evidence: Evidence, *, watch: Watch | None = None) -> Evidence:
+    """Evidence with a self-test of every row for quantised weights that a plan waits for. They take
+    a moment, so that nothing is kept of them."""
+    from sagewan.model.self_test import self_test
+
+    for row in plan.weights.unproven:
+        if watch:
+            watch.stage(f"self-test of {row.name}")
+        test = self_test(row, plan.device, plan.dtype)
+        if test.objection:
+            logger.warning("%s can't be used: %s", row.name, test.objection.sentence())
         evidence = evidence.with_test(test)
     return evidence
 

@@ -138,6 +138,7 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
                 part = components.transformers[index]
                 transformer = stack.enter_context(part.on(plan.device.torch_name))
                 install(transformer, components.attention)
+                components.multiplier.install(transformer, plan.weights)
                 held[index] = transformer
             return held[index]
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from sagewan.attention.launch import is_out_of_memory
 from sagewan.attention.resolve import one_line
-from sagewan.checkpoint.packed import unpack
+from sagewan.checkpoint.packed import Packed, unpack
+from sagewan.checkpoint.quantize import pack
 from sagewan.checkpoint.source import Source
 from sagewan.checkpoint.whole import SAME, check_whole
 from sagewan.errors import CheckpointError
+from sagewan.model.linear import QuantLinear
 
 # CLIP's weights have it before their names or not, by the version that made the class.
 _CLIP_PREFIX = "vision_model."
@@ -28,9 +31,30 @@ def empty(make: Callable[[], Any]) -> Any:
         return make()
 
 
-def fill(module: Any, source: Source, dtype: torch.dtype, kept: tuple[str, ...] = ()) -> Any:
+@dataclass(frozen=True)
+class Packing:
+    """What becomes of a module's matrices on the way in: ``formats`` gives the format to quantise a
+    layer to by its name, None to leave it as it is; ``unpacks`` says to unpack what a file holds
+    quantised; the quantising is done on ``device``; ``told`` hears how many of all the module's
+    weights are in."""
+
+    formats: Callable[[str], str | None] = lambda _: None
+    unpacks: bool = False
+    device: str = "cpu"
+    told: Callable[[int, int], None] = lambda _done, _all: None
+
+
+def fill(
+    module: Any,
+    source: Source,
+    dtype: torch.dtype,
+    kept: tuple[str, ...] = (),
+    packing: Packing | None = None,
+) -> Any:
     """The module with every parameter read from the source, in ``dtype``, or in float32 where a
-    part of its name is in ``kept``. Weights that keep their dtype stay in the file's pages.
+    part of its name is in ``kept``. Weights that keep their dtype stay in the file's pages. The
+    layer of a matrix that is packed becomes a :class:`QuantLinear`; matrices are quantised one
+    after the other, so that the host never holds the whole in 16 bit.
 
     Raises CheckpointError if a weight is missing, of another shape, or one too many.
     """
@@ -38,9 +62,18 @@ def fill(module: Any, source: Source, dtype: torch.dtype, kept: tuple[str, ...] 
     same = {name: first for name, first in SAME.items() if name in wanted and first in wanted}
     names = {name: full for name, full in wanted.items() if name not in same}
     check_whole(source, {name: module.get_parameter(full).shape for name, full in names.items()})
-    for name, full in names.items():
+    packing = packing or Packing()
+    for done, (name, full) in enumerate(names.items(), start=1):
         kind = torch.float32 if any(part in name.split(".") for part in kept) else dtype
-        _place(module, full, _read(source, name, kind, module.get_parameter(full).shape))
+        found = _packed(source.read(name), full, module, packing)
+        if isinstance(found, Packed):
+            layer = full.removesuffix(".weight")
+            module.set_submodule(layer, QuantLinear(found, None, kind))
+        else:
+            # Some layouts have sides of 1 that others have not.
+            weight = found.to(kind).view(module.get_parameter(full).shape)
+            _place(module, full, nn.Parameter(weight, requires_grad=False))
+        packing.told(done, len(names))
     for name, first in same.items():
         _place(module, wanted[name], module.get_parameter(wanted[first]))
     return module
@@ -51,11 +84,17 @@ def kept_in_float32(model: Any) -> tuple[str, ...]:
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def _read(source: Source, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> nn.Parameter:
-    found = source.read(name)
-    weight = found.to(dtype) if isinstance(found, Tensor) else unpack(found, dtype)
-    # Some layouts have sides of 1 that others have not.
-    return nn.Parameter(weight.view(shape), requires_grad=False)
+def _packed(
+    found: Tensor | Packed, name: str, module: nn.Module, packing: Packing
+) -> Tensor | Packed:
+    """A weight as it is to be in memory; only the matrix of a linear layer is ever packed."""
+    layer, _, last = name.rpartition(".")
+    linear = last == "weight" and isinstance(module.get_submodule(layer), nn.Linear)
+    if isinstance(found, Packed):
+        # Whatever it is unpacked to, float32 holds it exactly.
+        return found if linear and not packing.unpacks else unpack(found, torch.float32)
+    format_ = packing.formats(layer) if linear else None
+    return pack(found.to(packing.device), format_).to("cpu") if format_ else found
 
 
 def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

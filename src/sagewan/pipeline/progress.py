@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,25 @@ class Watch:
         self._last_step, self._done = now, done
         self._emit()
         self.check()
+
+    @contextmanager
+    def within(self, name: str, total: int | None = None) -> Iterator[None]:
+        """A stage within the one under way, which goes on after it as if no time had passed."""
+        outer = self._stage, self._total, self._done, self._began, self._last_step
+        # The outer one is only interrupted: its time so far is added when it ends.
+        self._stage = None
+        entered = time.perf_counter()
+        self.stage(name, total)
+        try:
+            yield
+        finally:
+            self._close_stage()
+            spent = time.perf_counter() - entered
+            self._stage, self._total, self._done, self._began, self._last_step = outer
+            self._began += spent
+            self._last_step += spent
+            if self._stage is not None:
+                self._emit()
 
     def planned(self, plan: Plan) -> None:
         """A plan was made, or made again."""

@@ -16,6 +16,8 @@ from sagewan.plan.hardware import Hardware
 from sagewan.plan.plan import Plan
 from sagewan.plan.serialize import plan_to_json, request_to_json
 
+_PLAIN = ("bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True)
 class Change:
@@ -34,10 +36,14 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What only the run could tell. Bytes; the peak is the device's, or None if unknown."""
+    """What only the run could tell. ``ran`` are attention's calls, ``multiplied`` those of the
+    quantised layers; ``formats`` counts the matrices of the transformers by their format. Bytes;
+    the peak is the device's, or None if unknown."""
 
     ran: tuple[Mapping[str, Any], ...]
     weight_bytes: int
+    formats: Mapping[str, int]
+    multiplied: tuple[Mapping[str, Any], ...]
     peak_device_bytes: int | None
 
 
@@ -55,6 +61,20 @@ def attention_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -
         "ran": [dict(row) for row in measured.ran],
         "fallbacks": [change.to_json() for change in changes],
         "emulated": any(row["implementation"] in emulations for row in measured.ran),
+    }
+
+
+def weights_facts(plan: Plan, measured: Measured) -> dict[str, Any]:
+    """What the transformers' matrices were stored in and multiplied by, as counted in the run."""
+    quantised = {name: count for name, count in measured.formats.items() if name not in _PLAIN}
+    plain = not quantised
+    return {
+        "requested": plan.weights.requested,
+        "format": plan.dtype if plain else max(quantised, key=lambda name: quantised[name]),
+        "bytes": measured.weight_bytes,
+        "compute": plan.dtype if plain else [dict(row) for row in measured.multiplied],
+        "layers": dict(measured.formats),
+        "lora": [file.to_json() for file in plan.loras],
     }
 
 
@@ -80,12 +100,7 @@ def make_report(
         "requested": request_to_json(plan.request),
         "plan": plan_to_json(plan),
         "attention": attention_facts(plan, changes, measured),
-        "weights": {
-            "format": plan.dtype,
-            "bytes": measured.weight_bytes,
-            "compute": plan.dtype,
-            "lora": [file.to_json() for file in plan.loras],
-        },
+        "weights": weights_facts(plan, measured),
         "memory": {
             "peak_device_bytes": measured.peak_device_bytes,
             # Of two experts one is on the device at a time.

@@ -22,6 +22,7 @@ from sagewan.pipeline.report import (
     output_facts,
     planned_changes,
     software,
+    weights_facts,
     write_report,
 )
 from sagewan.plan.evidence import Evidence
@@ -142,7 +143,7 @@ def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     start_measuring(plan.device)
     watch.stage("load")
     _quiet_libraries()
-    components = build(plan, launcher, session)
+    components = build(plan, launcher, session, watch)
     watch.stage("encode")
     conditions = session.conditions(
         conditions_key(plan), lambda: encode(components, plan, prepared.pictures)
@@ -205,6 +206,8 @@ class _Run:
         return Measured(
             ran=tuple(self.launcher.ran()),
             weight_bytes=self.components.weight_bytes,
+            formats=self.components.formats,
+            multiplied=tuple(self.components.multiplier.ran()),
             peak_device_bytes=peak_device_bytes(self.plan.device),
         )
 
@@ -215,6 +218,7 @@ class _Run:
         facts = {
             "plan": plan_to_json(self.plan),
             "attention": attention_facts(self.plan, self.changes, self._measured()),
+            "weights": weights_facts(self.plan, self._measured()),
             "software": software(self.prepared.decision.hardware),
         }
         summary = (

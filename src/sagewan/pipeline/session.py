@@ -1,7 +1,7 @@
 """The models of one process, kept between its runs, so that a second video starts at once."""
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -33,7 +33,8 @@ class Part:
     kept is freed after its turn; one that is kept leaves the device, or stays there, as the
     caller says. Weights that keep their dtype stay in the file's pages, so loading again costs
     little. ``loras`` are those that it is to have on; others are taken off without loading it
-    again. ``weight_bytes`` is what its weights take in memory, 0 until it is first loaded.
+    again. ``weight_bytes`` is what its weights take in memory, and ``formats`` counts its matrices
+    by their format; both are empty until it is first loaded.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Part:
     kept: bool = False
     loras: tuple[LoraFile, ...] = ()
     weight_bytes: int = 0
+    formats: Mapping[str, int] = field(default_factory=dict)
     _module: Any = field(default=None, init=False, repr=False)
     _adapters: "Adapters | None" = field(default=None, init=False, repr=False)
     _worn: tuple[LoraFile, ...] = field(default=(), init=False, repr=False)
@@ -94,9 +96,12 @@ class Part:
             self._placement.detach()
             self._placement = None
         if self._module is None:
+            from sagewan.model.linear import matrices
+
             logger.info("loading %s", self.name)
             self._module = self.load().eval().requires_grad_(False)
             self.weight_bytes = sum(x.nbytes for x in self._module.state_dict().values())
+            self.formats = matrices(self._module)
         if self._worn != self.loras:
             self._wear()
         if self._placement is None:

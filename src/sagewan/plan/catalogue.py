@@ -4,17 +4,13 @@ A row is plain data: nothing is imported to read it. Its callable takes query, k
 position, and everything else by keyword.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-
-from packaging.version import Version
 
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.objection import Objection
+from sagewan.plan.row import ADA_UP, AMPERE_UP, ANY_FLOAT, Row, listed
 
-# Distributions that are called otherwise on Windows.
-_ON_WINDOWS = {"triton": "triton-windows"}
-SIXTEEN_BIT = ("bfloat16", "float16")
 # What INT8 itself costs on the easiest inputs. Wan's usual sizes stay below; clips of a few hundred
 # tokens may not.
 MAX_PADDING_SHARE = 2e-3
@@ -33,14 +29,11 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Implementation:
+class Implementation(Row):
     """One way to compute a mode.
 
-    ``call`` is ``"module:function"``; ``layout`` the axis order that function takes (B batch,
-    H heads, N tokens, D head size); ``qk`` and ``pv`` the formats its two products multiply in;
-    ``sms`` the compute capabilities it runs on (empty: any, CPU included), ``package`` the
-    distribution it needs and ``versions`` the half-open range of versions, which begins later on
-    the compute capabilities in ``sm_versions``.
+    ``layout`` is the axis order its function takes (B batch, H heads, N tokens, D head size);
+    ``qk`` and ``pv`` the formats its two products multiply in.
 
     ``scale``, ``lse_option`` and ``grouped_option`` are the keywords for the softmax scale, for
     the log-sum-exp (returned second), and for fewer key heads than query heads. Without ``scale``
@@ -50,13 +43,9 @@ class Implementation:
     ``changes_key`` marks functions known to smooth the caller's K in place: they get a copy.
     ``key_block`` marks functions that take the padding of their last block of so many keys for
     keys of score zero (they mask the load but not the score).
-    ``quiet`` are UserWarnings of the package that mean nothing, as patterns of how they begin.
-    ``trusted`` rows need no self-test: torch's own, and the emulation that is the reference.
     """
 
-    name: str
     mode: str
-    call: str
     qk: str
     pv: str
     layout: str = "BHND"
@@ -64,47 +53,21 @@ class Implementation:
     lse_option: str | None = None
     grouped_option: str | None = None
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
-    sms: tuple[int, ...] = ()
     head_dims: tuple[int, ...] = ()
-    dtypes: tuple[str, ...] = SIXTEEN_BIT
-    package: str | None = None
-    versions: tuple[str, str] | None = None
-    sm_versions: tuple[tuple[int, str], ...] = ()
-    install: str = ""
-    systems: tuple[str, ...] = ("Linux", "Windows", "Darwin")
     grouped_heads: bool = False
     log_sum_exp: bool = False
     changes_key: bool = False
     key_block: int = 1
-    quiet: tuple[str, ...] = ()
-    emulated: bool = False
-    trusted: bool = False
 
     def objections(
         self, problem: Problem, device: Device, hardware: Hardware
     ) -> Iterator[Objection]:
-        """Why this row can't serve the problem on the device, the most lasting reason first."""
-        if self.sms and not device.is_cuda:
-            yield Objection("needs-cuda", {"device": device.name})
-        elif self.sms and device.sm not in self.sms:
-            yield Objection(
-                "compute-capability",
-                {
-                    "needed": _capabilities(self.sms),
-                    "device": device.name,
-                    "found": f"{device.sm // 10}.{device.sm % 10}",
-                },
-            )
-        if hardware.system not in self.systems:
-            yield Objection(
-                "platform", {"needed": ", ".join(self.systems), "found": hardware.system}
-            )
+        """Why this row can't serve the problem on the device; the machine's lack comes first."""
+        yield from self.needs(problem.dtype, device, hardware)
         if self.head_dims and problem.head_dim not in self.head_dims:
             yield Objection(
-                "head-dim", {"needed": _list(self.head_dims), "found": str(problem.head_dim)}
+                "head-dim", {"needed": listed(self.head_dims), "found": str(problem.head_dim)}
             )
-        if problem.dtype not in self.dtypes:
-            yield Objection("dtype", {"needed": " or ".join(self.dtypes), "found": problem.dtype})
         if problem.keys is not None and self.padding_share(problem.keys) > MAX_PADDING_SHARE:
             yield Objection(
                 "key-padding", {"block": str(self.key_block), "found": str(problem.keys)}
@@ -113,10 +76,6 @@ class Implementation:
             yield Objection("grouped-heads")
         if problem.log_sum_exp and not self.log_sum_exp:
             yield Objection("log-sum-exp")
-        if self.package:
-            windows = hardware.system == "Windows"
-            package = _ON_WINDOWS.get(self.package, self.package) if windows else self.package
-            yield from self._package_objections(package, hardware.packages.get(package), device)
 
     def padding_share(self, keys: int) -> float:
         """The most of a row's weight that padding taken for keys can get.
@@ -127,46 +86,13 @@ class Implementation:
         padding = -keys % self.key_block
         return padding / (keys + padding)
 
-    def _package_objections(
-        self, package: str, found: str | None, device: Device
-    ) -> Iterator[Objection]:
-        if found is None:
-            yield Objection("package-missing", {"package": package, "install": self.install})
-        elif self.versions and not _within(found, versions := self._versions_on(device)):
-            needed = f"{versions[0]} or newer, below {versions[1]}"
-            yield Objection(
-                "package-version", {"package": package, "needed": needed, "found": found}
-            )
-
-    def _versions_on(self, device: Device) -> tuple[str, str]:
-        first, last = self.versions or ("0", "0")
-        return dict(self.sm_versions).get(device.sm, first), last
-
     def objection(self, problem: Problem, device: Device, hardware: Hardware) -> Objection | None:
         """The first of :meth:`objections`, or None: the row can be tried."""
         return next(self.objections(problem, device, hardware), None)
 
 
-def _within(found: str, versions: tuple[str, str]) -> bool:
-    return Version(versions[0]) <= Version(found) < Version(versions[1])
-
-
-def _capabilities(sms: tuple[int, ...]) -> str:
-    lowest = f"{min(sms) // 10}.{min(sms) % 10}"
-    if min(sms) >= 100:
-        return f"{lowest} or newer (Blackwell)"
-    return f"{lowest} or newer" if max(sms) >= 100 else _list(f"{sm / 10:.1f}" for sm in sms)
-
-
-def _list(values: Iterable[object]) -> str:
-    return ", ".join(str(value) for value in values)
-
-
-_AMPERE_UP = (80, 86, 87, 89, 90, 100, 103, 120, 121)
-_ADA_UP = (89, 90, 100, 103, 120, 121)
 _OUR_HEAD_DIMS = tuple(range(8, 257, 8))
 _FP4_HEAD_DIMS = tuple(range(8, 256, 8))
-_ANY_FLOAT = (*SIXTEEN_BIT, "float32")
 
 ROWS: tuple[Implementation, ...] = (
     Implementation(
@@ -176,7 +102,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="16 bit",
         pv="16 bit",
         grouped_option="enable_gqa",
-        dtypes=_ANY_FLOAT,
+        dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
         trusted=True,
@@ -224,7 +150,7 @@ ROWS: tuple[Implementation, ...] = (
         pv="16 bit",
         layout="BNHD",
         scale="softmax_scale",
-        sms=_AMPERE_UP,
+        sms=AMPERE_UP,
         head_dims=(64, 96, 128, 192, 256),
         package="flash-attn",
         versions=("2.6", "3"),
@@ -238,7 +164,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per block",
         pv="16 bit",
         lse_option="return_lse",
-        sms=_AMPERE_UP,
+        sms=AMPERE_UP,
         head_dims=_OUR_HEAD_DIMS,
         package="triton",
         versions=("3.6", "4"),
@@ -256,7 +182,7 @@ ROWS: tuple[Implementation, ...] = (
         scale="sm_scale",
         lse_option="return_lse",
         options={"pv_accum_dtype": "fp32"},
-        sms=_AMPERE_UP,
+        sms=AMPERE_UP,
         head_dims=(64, 96, 128),
         package="sageattention",
         versions=("2", "3"),
@@ -288,7 +214,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per block",
         pv="fp16",
         scale="sm_scale",
-        sms=_AMPERE_UP,
+        sms=AMPERE_UP,
         head_dims=(64, 96, 128),
         package="sageattention",
         versions=("1.0.6", "2"),
@@ -303,7 +229,7 @@ ROWS: tuple[Implementation, ...] = (
         call="comfy_kitchen:int8_attention",
         qk="int8, rotated",
         pv="int8",
-        sms=(75, *_AMPERE_UP),
+        sms=(75, *AMPERE_UP),
         head_dims=(64, 96, 128, 256),
         package="comfy-kitchen",
         versions=("0.2.40", "0.3"),
@@ -318,7 +244,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per token",
         pv="16 bit",
         lse_option="return_lse",
-        sms=_AMPERE_UP,
+        sms=AMPERE_UP,
         head_dims=_OUR_HEAD_DIMS,
         package="triton",
         versions=("3.6", "4"),
@@ -334,7 +260,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per token",
         pv="fp8 e4m3",
         lse_option="return_lse",
-        sms=_ADA_UP,
+        sms=ADA_UP,
         head_dims=_OUR_HEAD_DIMS,
         package="triton",
         versions=("3.6", "4"),
@@ -383,7 +309,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per block",
         pv="16 bit",
         lse_option="return_lse",
-        dtypes=_ANY_FLOAT,
+        dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
         emulated=True,
@@ -396,7 +322,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8, fine scales",
         pv="16 bit",
         lse_option="return_lse",
-        dtypes=_ANY_FLOAT,
+        dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
         emulated=True,
@@ -409,7 +335,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8, fine scales",
         pv="fp8 e4m3",
         lse_option="return_lse",
-        dtypes=_ANY_FLOAT,
+        dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
         emulated=True,
@@ -440,7 +366,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="nvfp4",
         pv="nvfp4",
         lse_option="return_lse",
-        dtypes=_ANY_FLOAT,
+        dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
         emulated=True,

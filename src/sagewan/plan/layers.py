@@ -1,6 +1,7 @@
 """The layers of a Wan transformer that multiply by a matrix, by diffusers' names."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -9,12 +10,14 @@ from sagewan.plan.models import Model
 
 
 class Role(Enum):
-    """What a layer of a block does."""
+    """What a layer does: the first four are those of a block."""
 
     SELF_ATTENTION = "self-attention"
     CROSS_QUERY = "query and output of cross-attention"
     CROSS_KEY_VALUE = "keys and values of cross-attention"
     FEED_FORWARD = "feed-forward"
+    TIME = "embedding of the time"
+    OTHER = "outside the blocks"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Layer:
 def block_layers(model: Model) -> tuple[Layer, ...]:
     """The matrices of one of the model's blocks; all its blocks have the same."""
     return tuple(_layers(model.heads * model.head_dim, model.ffn, pictures=model.image_encoder))
+
+
+def role_of(name: str) -> Role:
+    """What the layer of this name in a transformer does."""
+    block = _IN_BLOCK.fullmatch(name)
+    if block:
+        return _ROLES.get(block[1], Role.OTHER)
+    return Role.TIME if name.startswith("condition_embedder.time_") else Role.OTHER
 
 
 def layer_shapes(model: Model) -> dict[str, tuple[int, int]]:
@@ -82,3 +93,7 @@ def _layers(width: int, ffn: int, *, pictures: bool) -> Iterator[Layer]:
         yield Layer(f"attn2.{name}", width, width, Role.CROSS_KEY_VALUE)
     yield Layer("ffn.net.0.proj", ffn, width, Role.FEED_FORWARD)
     yield Layer("ffn.net.2", width, ffn, Role.FEED_FORWARD)
+
+
+_IN_BLOCK = re.compile(r"blocks\.\d+\.(.+)")
+_ROLES = {layer.name: layer.role for layer in _layers(1, 1, pictures=True)}

@@ -34,10 +34,11 @@ class Model:
     """One Wan model. Widths count features, ``parameters`` those of one transformer.
 
     ``location`` is where its files are, None if only its name is known; ``parts`` the file or
-    folder of each of its parts, by diffusers' names; ``notes`` sentences on what was made of them;
-    ``spatial`` and ``temporal`` how many pixels and frames make one latent; ``patch`` the
-    transformer's patch (frames, rows, columns); ``experts`` is 2 for Wan 2.2 A14B, which changes
-    from the high-noise to the low-noise transformer at ``boundary`` of the noise scale;
+    folder of each of its parts, by diffusers' names; ``quantized`` the format of the matrices that
+    its transformer's file holds quantised, None if they are plain; ``notes`` sentences on what was
+    made of them; ``spatial`` and ``temporal`` how many pixels and frames make one latent; ``patch``
+    the transformer's patch (frames, rows, columns); ``experts`` is 2 for Wan 2.2 A14B, which
+    changes from the high-noise to the low-noise transformer at ``boundary`` of the noise scale;
     ``expand_timesteps`` marks TI2V, where every token has its own time; ``words`` the only words a
     small model was taught, by kind (empty: any).
     """
@@ -62,6 +63,7 @@ class Model:
     sampling: Sampling = field(default_factory=Sampling)
     location: Path | None = None
     parts: Mapping[str, Path] = field(default_factory=dict)
+    quantized: str | None = None
     notes: tuple[str, ...] = ()
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

@@ -105,6 +105,7 @@ class Preset:
 
     name: str
     attention: str
+    quantization: str
     quality: Quality
     steps: int
     size: tuple[int, int]
@@ -116,6 +117,7 @@ _PRESETS = (
     Preset(
         name="low-vram",
         attention="sageattn_3_fp4",
+        quantization="fp4_scaled",
         quality=Quality.GOOD,
         steps=4,
         size=(1280, 720),
@@ -125,6 +127,7 @@ _PRESETS = (
     Preset(
         name="balanced",
         attention="sageattn_3_fp8",
+        quantization="fp8_scaled",
         quality=Quality.VERY_GOOD,
         steps=25,
         size=(1280, 720),
@@ -134,6 +137,7 @@ _PRESETS = (
     Preset(
         name="quality",
         attention="sageattn_3",
+        quantization="fp8_scaled",
         quality=Quality.EXCELLENT,
         steps=40,
         size=(1920, 1080),

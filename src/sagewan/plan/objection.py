@@ -42,6 +42,10 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "run-not-finite": "its result stopped being finite at step {step}",
                 "run-failed": "it failed while running ({error})",
                 "no-more-precise": "is no more precise than {mode}, whose result was not finite",
+                "format": "takes weights in {needed}, and these are in {found}",
+                "policy-16-bit": "rounds its input too, and these layers are to multiply in 16 bit",
+                "rows": "is not the fastest for {found} rows",
+                "sides": "takes matrices whose sides are multiples of {needed}",
                 "emulation-only": (
                     "this version can only emulate it (--emulate: exact arithmetic, slow)"
                 ),

@@ -10,8 +10,15 @@ from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB, Device, Hardware
 from sagewan.plan.lora import LoraFile, Schedule, taught_schedule
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
-from sagewan.plan.modes import PRESETS, Preset
+from sagewan.plan.modes import AUTO, PRESETS, Preset
 from sagewan.plan.request import Request
+from sagewan.plan.weights import (
+    QUANTIZED_AS,
+    Situation,
+    WeightsPlan,
+    plan_weights,
+    weight_bytes,
+)
 from sagewan.plan.words import check_words
 
 # The rotary table of Wan has 1024 positions a side; beyond this many tokens nothing was tried.
@@ -51,9 +58,14 @@ class Plan:
     negative: str
     steps: Steps
     attention: AttentionPlan
-    weight_bytes: int
+    weights: WeightsPlan
     loras: tuple[LoraFile, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all the model's transformers."""
+        return self.weights.bytes * self.model.experts
 
 
 def make_plan(
@@ -81,6 +93,7 @@ def make_plan(
     attention = plan_attention(
         request, preset, problem, device, hardware, evidence, layers=model.layers
     )
+    situation = Situation(model, dtype, tokens, device, hardware, evidence)
     plan = Plan(
         request=request,
         model=model,
@@ -96,7 +109,7 @@ def make_plan(
         negative=request.negative if request.negative is not None else model.sampling.negative,
         steps=steps,
         attention=attention,
-        weight_bytes=model.parameters * model.experts * (4 if dtype == "float32" else 2),
+        weights=plan_weights(request, preset, situation),
         loras=loras,
     )
     return replace(plan, notes=tuple(_notes(plan, preset)))
@@ -226,9 +239,12 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
     yield from _lora_notes(plan)
     if plan.steps.scheduler == "lcm" and not any(file.schedule for file in plan.loras):
         yield "the scheduler lcm is for distilled checkpoints: others come out unfinished"
-    if plan.request.emulate and not any(c.row.emulated for c in plan.attention.choices):
+    yield from _weights_notes(plan)
+    multiplies = plan.weights.main
+    emulated = [choice.row.emulated for choice in plan.attention.choices]
+    if plan.request.emulate and not any((*emulated, multiplies and multiplies.emulated)):
         yield f"emulate changes nothing here: {plan.attention.main.mode} runs without emulation"
-    one_expert = plan.weight_bytes // plan.model.experts
+    one_expert = plan.weights.bytes
     if plan.device.is_cuda and one_expert > plan.device.memory_free:
         yield (
             f"this will not fit: the transformer's weights alone take {one_expert / GIB:.1f} GiB, "
@@ -237,6 +253,27 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
         )
     if preset:
         yield from _preset_notes(plan, preset)
+
+
+def _weights_notes(plan: Plan) -> Iterator[str]:
+    weights, own = plan.weights, plan.model.quantized
+    asked = plan.request.quantization
+    if own and QUANTIZED_AS.get(asked or "", own) != own:
+        yield (
+            f"the model's weights are {own} in its files and stay so: made {asked} from those they "
+            "would lose twice; quantise the 16-bit files instead"
+        )
+    if weights.requested == AUTO and weights.quantization in QUANTIZED_AS:
+        plain = weight_bytes(plan.model, plan.dtype, None)
+        yield (
+            f"the transformer's weights are kept as {weights.quantization}: in {plan.dtype} they "
+            f"would take {plain / GIB:.1f} of {plan.device.memory_free / GIB:.1f} GiB "
+            "(--quantization none keeps them so)"
+        )
+    main = weights.main
+    if main and not main.low and weights.refused:
+        why = "; ".join(dict.fromkeys(objection.sentence() for _, objection in weights.refused))
+        yield f"{weights.format} weights are unpacked to multiply in {plan.dtype} here: {why}"
 
 
 def _lora_notes(plan: Plan) -> Iterator[str]:
@@ -261,4 +298,3 @@ def _preset_notes(plan: Plan, preset: Preset) -> Iterator[str]:
         )
     if plan.model.is_demo:
         yield "the demo model keeps its own size, length and steps under every preset"
-    yield f"weights are kept in {plan.dtype}: this version has no other quantization yet"

@@ -14,6 +14,8 @@ from sagewan.plan.lora import Lora
 from sagewan.plan.modes import AUTO, MODES, PRESETS
 
 SCHEDULERS = ("unipc", "euler", "dpm++2m", "lcm", "flow-euler")
+NO_QUANTIZATION = "none"
+QUANTIZATIONS = (NO_QUANTIZATION, "fp8_scaled", "fp4_scaled", AUTO)
 MAX_SIDE = 4096
 MAX_FRAMES = 1001
 MAX_STEPS = 1000
@@ -60,6 +62,7 @@ class Request:
     attention: str | None = None
     attention_ends: Ends | None = None
     attention_keep_layers: tuple[int, ...] = ()
+    quantization: str | None = None
     lora: tuple[Lora, ...] = ()
     steps: int | None = None
     cfg: float | None = None
@@ -90,6 +93,7 @@ class Request:
     def _check_names(self) -> None:
         modes = (*MODES, AUTO)
         _check_choice("attention", self.attention, modes)
+        _check_choice("quantization", self.quantization, QUANTIZATIONS)
         _check_choice("preset", self.preset, PRESETS)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
         _check_choice("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32"))

@@ -12,10 +12,12 @@ from typing import Any, get_args, get_type_hints
 from sagewan.errors import RequestError
 from sagewan.plan.attention import Choice
 from sagewan.plan.hardware import Device
+from sagewan.plan.layers import Role
 from sagewan.plan.lora import Lora
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Ends, Request
+from sagewan.plan.weights import WeightsPlan
 
 # Raised when a field changes its meaning; a field more is only refused, by name.
 SCHEMA = 1
@@ -149,6 +151,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         },
         "attention": _attention(plan),
         "weight_bytes": plan.weight_bytes,
+        "weights": _weights(plan.weights),
         "lora": [file.to_json() for file in plan.loras],
         "notes": list(plan.notes),
     }
@@ -179,6 +182,24 @@ def _attention(plan: Plan) -> dict[str, Any]:
             {"from": step.from_mode, "to": step.to_mode, "why": step.why()}
             for step in attention.fallbacks
         ],
+    }
+
+
+def _weights(weights: WeightsPlan) -> dict[str, Any]:
+    rows = (
+        {role.value: weights.row(weights.format, role) for role in Role} if weights.format else {}
+    )
+    return {
+        "requested": weights.requested,
+        "from_preset": weights.from_preset,
+        "quantization": weights.quantization,
+        "format": weights.format,
+        "unpacked": weights.unpacks,
+        "multiply": {
+            role: {"implementation": row.name, "compute": row.compute, "emulated": row.emulated}
+            for role, row in rows.items()
+        },
+        "unproven": [row.name for row in weights.unproven],
     }
 
 

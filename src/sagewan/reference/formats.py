@@ -42,6 +42,12 @@ def e4m3(x: Tensor) -> Tensor:
     return x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
+def e4m3_per_row(x: Tensor) -> Scaled:
+    """[..., D] → e4m3 values with one float32 scale for each row of D."""
+    scale = _nonzero(x.float().abs().amax(-1, keepdim=True) / E4M3_MAX)
+    return Scaled(e4m3(x.float() / scale), scale)
+
+
 def e4m3_per_channel(x: Tensor) -> Scaled:
     """[..., N, D] → e4m3 values with one float32 scale for each of the D channels."""
     scale = _nonzero(x.float().abs().amax(-2, keepdim=True) / E4M3_MAX)

@@ -1,0 +1,45 @@
+"""One weight in 16 or 32 bit → the same weight packed."""
+
+import torch
+from torch import Tensor
+
+from sagewan.checkpoint import kitchen
+from sagewan.checkpoint.packed import FP8_DTYPES, Packed, unpack
+from sagewan.errors import RequestError
+
+
+def pack(weight: Tensor, format_: str, *, per_tensor: bool = False) -> Packed:
+    """[N, K] on any device → packed there, in ``float8_e4m3fn`` or ``nvfp4``.
+
+    FP8 gets a scale for each row, which keeps a row of small weights out of the subnormals, or one
+    for the tensor, as ComfyUI's files have it.
+    """
+    rows, columns = weight.shape
+    if format_ in FP8_DTYPES:
+        data, scale = _fp8(weight, FP8_DTYPES[format_], per_tensor=per_tensor)
+        return Packed(format=format_, shape=(rows, columns), data=data, scale=scale)
+    if format_ == "nvfp4":
+        data, scale, tensor_scale = kitchen.quantize_nvfp4(weight)
+        return Packed(
+            format=format_,
+            shape=(rows, columns),
+            data=data,
+            scale=scale,
+            tensor_scale=tensor_scale,
+        )
+    raise RequestError(f"weights can't be quantised to {format_}: use float8_e4m3fn or nvfp4")
+
+
+def _fp8(weight: Tensor, dtype: torch.dtype, *, per_tensor: bool) -> tuple[Tensor, Tensor]:
+    largest = weight.abs().amax() if per_tensor else weight.abs().amax(1, keepdim=True)
+    most = torch.finfo(dtype).max
+    scale = kitchen.nonzero(largest.float() / most)
+    # Rounding the quotient may leave the range by its last bit, and torch would make it NaN.
+    return (weight.float() / scale).clamp_(-most, most).to(dtype), scale
+
+
+def relative_error(packed: Packed, weight: Tensor) -> float:
+    """‖packed − weight‖ / ‖weight‖, in float32; 0 for a weight of zeros that stayed zeros."""
+    difference = (unpack(packed, torch.float32) - weight.float()).norm()
+    norm = weight.float().norm()
+    return float(difference / norm) if norm > 0 else float(difference)

@@ -1,0 +1,139 @@
+"""A linear layer whose weight is quantised, and what multiplies by it."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sagewan.attention.resolve import Function, load, name_of
+from sagewan.checkpoint.packed import FP8_DTYPES, Packed
+from sagewan.model.matmul import unpacked
+from sagewan.plan.layers import role_of
+from sagewan.plan.linear import LinearRow
+from sagewan.plan.weights import WeightsPlan
+
+_FIELDS = ("data", "scale", "tensor_scale", "pre_scale")
+Multiply = Callable[[Tensor, Packed, Tensor | None], Tensor]
+
+
+class QuantLinear(nn.Linear):
+    """y = x·Wᵀ + bias with W packed: in: x [..., K] in 16 or 32 bit, out: [..., N] in x's dtype.
+
+    Every tensor of the weight is a buffer, so that the layer moves as any other; their dtypes are
+    the format's, and no ``.to(dtype)`` changes them. ``multiply`` does the product; it is set by
+    :class:`Multiplier` for a run, and unpacks to x's dtype before.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    tensor_scale: Tensor | None
+    pre_scale: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.shape
+        self.format = packed.format
+        self.full_precision = packed.full_precision
+        self.dtype = dtype
+        tensors = packed.tensors
+        if packed.format in FP8_DTYPES or packed.format == "int8":
+            # One for each row: products with a scale per row of the input want it so.
+            rows = tensors["scale"].view(-1, 1).expand(packed.shape[0], 1)
+            tensors["scale"] = rows.contiguous()
+        for name in _FIELDS:
+            self.register_buffer(name, tensors.get(name))
+        own = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        self.register_parameter("bias", own)
+        self.multiply: Multiply = unpacked
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """What libraries ask for the shape, dtype and device of. Its values are NaN and take no
+        memory: whoever multiplied by them would see it."""
+        nan = torch.full((), torch.nan, dtype=self.dtype, device=self.data.device)
+        return nan.expand(self.out_features, self.in_features)
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as a value, of the same tensors."""
+        return Packed(
+            format=self.format,
+            shape=(self.out_features, self.in_features),
+            data=self.data,
+            scale=self.scale,
+            tensor_scale=self.tensor_scale,
+            pre_scale=self.pre_scale,
+            full_precision=self.full_precision,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if self.pre_scale is not None:
+            rows = rows * self.pre_scale.to(rows.dtype)
+        return self.multiply(rows, self.packed, self.bias).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        """As any module's, but that the packed tensors keep their dtypes."""
+        own = {id(tensor) for tensor in self._buffers.values()}
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            changed = id(tensor) in own and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if changed else moved
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Multiplier:
+    """Gives a run's layers the rows of its plan, and keeps the count that the report shows.
+
+    As attention's, the count is by the function that was called, not by the name asked for.
+    """
+
+    def __init__(self) -> None:
+        self._calls: Counter[tuple[str, str, str]] = Counter()
+        self._functions: dict[str, Function] = {}
+
+    def install(self, transformer: nn.Module, plan: WeightsPlan) -> None:
+        """Set what multiplies in every quantised layer, by its format and role."""
+        for name, module in transformer.named_modules():
+            if isinstance(module, QuantLinear):
+                role = role_of(name)
+                row = plan.row(module.format, role)
+                if row.low and module.full_precision:
+                    row = plan.precise(module.format)
+                module.multiply = self._counting(row, module.format)
+
+    def ran(self) -> list[dict[str, object]]:
+        """What multiplied and how often, for the report, the most frequent first."""
+        return [
+            {"implementation": name, "format": format_, "compute": compute, "calls": calls}
+            for (name, format_, compute), calls in self._calls.most_common()
+        ]
+
+    def _counting(self, row: LinearRow, format_: str) -> Multiply:
+        function = self._functions.get(row.name) or load(row)
+        self._functions[row.name] = function
+        key = name_of(function, row), format_, row.compute
+
+        def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+            out: Tensor = function(x, packed, bias)
+            self._calls[key] += 1
+            return out
+
+        return multiply
+
+
+def matrices(module: nn.Module) -> dict[str, int]:
+    """How many linear layers of a model store their weight in each format."""
+    formats = [
+        layer.format if isinstance(layer, QuantLinear) else str(layer.weight.dtype)[6:]
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    return dict(Counter(formats))

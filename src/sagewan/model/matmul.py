@@ -1,0 +1,120 @@
+"""The functions of the table of linear rows (:mod:`sagewan.plan.linear`).
+
+Each takes x [M, K], the packed weight and the bias [N] or None, and gives x·Wᵀ + bias [M, N] in x's
+dtype. None looks at what it is given to choose another: that is the plan's work; and none catches
+anything: memory that ran out is told.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sagewan.checkpoint.packed import Packed, unpack
+from sagewan.errors import ShapeError
+from sagewan.reference import formats
+
+
+def unpacked(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """Any format, anywhere: the weight is unpacked to x's dtype, and multiplied."""
+    # The layer has multiplied its input by pre_scale already.
+    weight = unpack(_without_pre_scale(packed), x.dtype)
+    return F.linear(x, weight, _like(bias, x))
+
+
+def fp8_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """FP8 by FP8: x is rounded to e4m3 with a scale per row, in one pass."""
+    from sagewan.kernels.fp8_linear import quantize_rows
+
+    data, scale = quantize_rows(x)
+    return _scaled_mm(data, scale, packed.data, _scale(packed), _like(bias, x))
+
+
+def fp8_rows_of_nvfp4(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """As :func:`fp8_rows`, of an FP4 weight, which becomes e4m3 for the moment of the product."""
+    from sagewan.kernels.fp8_linear import quantize_rows
+    from sagewan.kernels.nvfp4_unpack import E4M3_STEPS, unpack_e4m3
+
+    weight = unpack_e4m3(packed.data, _scale(packed), packed.shape)
+    data, scale = quantize_rows(x)
+    rows = (_tensor_scale(packed) * E4M3_STEPS).expand(packed.shape[0], 1).contiguous()
+    return _scaled_mm(data, scale, weight, rows, _like(bias, x))
+
+
+def nvfp4_unpacked(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """An FP4 weight, unpacked to x's dtype by one kernel, and multiplied in 16 bit."""
+    from sagewan.kernels.nvfp4_unpack import unpack_16
+
+    weight = unpack_16(packed.data, _scale(packed), _tensor_scale(packed), packed.shape, x.dtype)
+    return F.linear(x, weight, _like(bias, x))
+
+
+def thin(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """A few rows: one kernel reads the packed weight once and unpacks it in its registers."""
+    from sagewan.kernels.thin_linear import thin_fp8, thin_nvfp4
+
+    if packed.format == "nvfp4":
+        scales = _scale(packed), _tensor_scale(packed)
+        return thin_nvfp4(x, packed.data, *scales, packed.shape, _like(bias, x))
+    return thin_fp8(x, packed.data, _scale(packed), _like(bias, x))
+
+
+def nvfp4(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """FP4 by FP4 in Blackwell's hardware; x gets block scales, and one scale of the whole."""
+    from sagewan.checkpoint import kitchen
+
+    rows = kitchen.multiply_nvfp4(x, packed.data, _scale(packed), _tensor_scale(packed))
+    out = rows[: x.shape[0], : packed.shape[0]]
+    return out if bias is None else out + bias.to(x.dtype)
+
+
+def emulated_fp8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """The formats of :func:`fp8_rows` multiplied in float32."""
+    weight = packed.data.float() * _scale(packed)
+    rounded = formats.e4m3_per_row(x).value()
+    return F.linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def emulated_nvfp4(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """The formats of :func:`nvfp4` multiplied in float32."""
+    weight = unpack(_without_pre_scale(packed), torch.float32)
+    rounded = formats.nvfp4(x).value()
+    return F.linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)
+
+
+def _scaled_mm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """e4m3 [M, K] and [N, K] with float32 scales [M, 1] and [N, 1] → bfloat16 [M, N]."""
+    # Its fast accumulation adds in the tensor core's 14 bits, an error far below e4m3's own.
+    out: Tensor = torch._scaled_mm(  # noqa: SLF001 torch.nn.functional.scaled_mm lacks a fast mode
+        x,
+        weight.t(),
+        scale_a=x_scale,
+        scale_b=weight_scale.t(),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return out
+
+
+def _without_pre_scale(packed: Packed) -> Packed:
+    return packed if packed.pre_scale is None else replace(packed, pre_scale=None)
+
+
+def _scale(packed: Packed) -> Tensor:
+    if packed.scale is None:
+        raise ShapeError(f"a weight in {packed.format} has no scale")
+    return packed.scale
+
+
+def _tensor_scale(packed: Packed) -> Tensor:
+    if packed.tensor_scale is None:
+        raise ShapeError(f"a weight in {packed.format} has no scale of the whole tensor")
+    return packed.tensor_scale
+
+
+def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)

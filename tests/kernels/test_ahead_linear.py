@@ -1,0 +1,59 @@
+"""The linear layers' kernels compile for every architecture their rows claim, without a GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from sagewan.kernels import fp8_linear, nvfp4_unpack, thin_linear
+from sagewan.plan.linear import LINEAR_ROWS
+from tests.kernels.ahead import SHARED_MEMORY, build, record
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+X = empty(40, 5120)
+DATA, SCALE = empty(5120, 2560, dtype=torch.uint8), empty(5120, 320, dtype=torch.float8_e4m3fn)
+ONE, ROWS = empty(dtype=torch.float32), empty(5120, 1, dtype=torch.float32)
+FP8 = empty(5120, 5120, dtype=torch.float8_e4m3fn)
+BIAS = empty(5120)
+SHAPE = (5120, 5120)
+
+# What is launched → (the row that claims it, the launcher).
+LAUNCHERS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "quantize": ("torch.fp8_rows", lambda: fp8_linear.quantize_rows(X)),
+    "quantize_wide": ("torch.fp8_rows", lambda: fp8_linear.quantize_rows(empty(40, 13824))),
+    "to_fp8": (
+        "torch.fp8_rows_of_nvfp4",
+        lambda: nvfp4_unpack.unpack_e4m3(DATA, SCALE, SHAPE),
+    ),
+    "to_16": (
+        "sagewan.nvfp4_unpacked",
+        lambda: nvfp4_unpack.unpack_16(DATA, SCALE, ONE, SHAPE, torch.bfloat16),
+    ),
+    "thin_fp8": ("sagewan.thin", lambda: thin_linear.thin_fp8(X[:1], FP8, ROWS, BIAS)),
+    "thin_fp4": (
+        "sagewan.thin",
+        lambda: thin_linear.thin_nvfp4(X[:2], DATA, SCALE, ONE, SHAPE, None),
+    ),
+}
+SMS = {row.name: row.sms for row in LINEAR_ROWS}
+CELLS = [(name, sm) for name, (row, _) in LAUNCHERS.items() for sm in (80, 89, 90, 100, 120)
+         if sm in SMS[row]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "sm"), CELLS)
+def test_it_compiles_and_keeps_its_values_in_registers(name: str, sm: int) -> None:
+    (launch,) = record(sm, LAUNCHERS[name][1])
+    kernel = build(launch, sm)
+    assert kernel.shared <= SHARED_MEMORY[86 if sm == 80 else sm]
+    assert kernel.spilled == 0
+    thin = name.startswith("thin")
+    assert bool(kernel.products()) is thin
+    if thin:
+        assert all("bf16" in p or "kind::f16" in p for p in kernel.products()), kernel.products()
+    if name in ("quantize", "quantize_wide", "to_fp8"):
+        assert "cvt.rn.satfinite.e4m3x2" in kernel.ptx

@@ -1,0 +1,74 @@
+"""The self-test of the rows for quantised weights passes what is right and catches what is not."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sagewan.model import matmul
+from sagewan.model.self_test import self_test
+from sagewan.plan.linear import LINEAR_ROWS
+from tests.machines import CPU
+
+ROWS = {row.name: row for row in LINEAR_ROWS}
+EMULATED = ("emulated.fp8", "emulated.nvfp4")
+
+
+@pytest.mark.parametrize("name", EMULATED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_right_passes_and_is_no_better_than_its_format(name: str, dtype: str) -> None:
+    test = self_test(ROWS[name], CPU, dtype)
+    assert test.passed
+    assert test.error
+    assert test.limit / 3 < test.error < test.limit
+
+
+def per_tensor(x: Any, packed: Any, bias: Any) -> Any:
+    """One scale for all rows: what the small ones hold is lost."""
+    step = x.float().abs().amax() / 448
+    rounded = (x.float() / step).to(torch.float8_e4m3fn).float() * step
+    return matmul.unpacked(rounded, packed, bias.float())
+
+
+def without_bias(x: Any, packed: Any, bias: Any) -> Any:
+    return matmul.unpacked(x, packed, None)
+
+
+def first_scale_for_all(x: Any, packed: Any, bias: Any) -> Any:
+    return torch.nn.functional.linear(
+        x.float(), packed.data.float() * packed.scale[0], bias.float()
+    )
+
+
+def fails(x: Any, packed: Any, bias: Any) -> Any:
+    raise RuntimeError("not built for this GPU")
+
+
+def nan(x: Any, packed: Any, bias: Any) -> Any:
+    return matmul.unpacked(x, packed, bias) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [
+        (per_tensor, "self-test-error"),
+        (without_bias, "self-test-error"),
+        (first_scale_for_all, "self-test-error"),
+        (nan, "self-test-not-finite"),
+        (fails, "self-test-crashed"),
+    ],
+)
+def test_what_is_wrong_is_caught(function: Any, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "emulated_fp8", function)
+    test = self_test(ROWS["emulated.fp8"], CPU, "float32")
+    assert test.objection
+    assert test.objection.code == code
+
+
+def test_memory_that_ran_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(x: Any, packed: Any, bias: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(matmul, "emulated_fp8", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        self_test(ROWS["emulated.fp8"], CPU, "float32")

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sagewan.pipeline import generate
+    from sagewan.pipeline.attach import attach
     from sagewan.pipeline.attend import attend
     from sagewan.pipeline.session import Session
     from sagewan.plan.request import Request
 
 __version__ = "0.1.0.dev0"
-__all__ = ["Request", "Session", "__version__", "attend", "generate"]
+__all__ = ["Request", "Session", "__version__", "attach", "attend", "generate"]
 
 # Named lazily, so that the command line answers --help without importing torch.
 _HOMES = {
+    "attach": "sagewan.pipeline.attach",
     "attend": "sagewan.pipeline.attend",
     "generate": "sagewan.pipeline",
     "Request": "sagewan.plan.request",

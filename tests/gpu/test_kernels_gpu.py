@@ -125,3 +125,56 @@ def test_what_is_not_taken_is_refused(mode: str) -> None:
         run(mode)(q[..., :100], q[..., :100], q[..., :100])
     with pytest.raises(ShapeError, match="float32"):
         run(mode)(q.float(), q.float(), q.float())
+
+
+def test_a_compiled_program_and_a_cuda_graph_give_the_same(mode: str) -> None:
+    q, k, v = (normal(1, 2, 300, 128, seed=seed) for seed in range(3))
+    expected = run(mode)(q, k, v)
+    compiled = torch.compile(run(mode), fullgraph=True)
+    assert torch.equal(compiled(q, k, v), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(mode)(q, k, v)
+    others = [normal(1, 2, 300, 128, seed=seed) for seed in range(3, 6)]
+    for mine, other in zip((q, k, v), others, strict=True):
+        mine.copy_(other)
+    graph.replay()
+    assert torch.equal(captured, run(mode)(*others))
+
+
+def test_sagewan_attend_compiles_without_a_break(mode: str) -> None:
+    import sagewan
+
+    q, k, v = (normal(1, 300, 2, 128, seed=seed) for seed in range(3))
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = sagewan.attend(q, k, v, mode=mode, layout="BNHD", emulate=True)
+        assert isinstance(out, Tensor)
+        return 2 * out
+
+    assert torch.equal(torch.compile(program, fullgraph=True)(q, k, v), program(q, k, v))
+
+
+def test_extra_memory_is_at_most_twice_that_of_q(mode: str) -> None:
+    q = normal(1, 40, 75_600, 128, seed=0)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = run(mode)(q, q, q)
+    extra = torch.cuda.max_memory_allocated() - before - out.nbytes
+    assert extra <= 2 * q.nbytes, f"{extra / q.nbytes:.2f}"
+
+
+def test_blocks_of_keys_that_are_skipped_cost_nothing(mode: str) -> None:
+    from sagewan.kernels import fp4_attention, fp8_attention, int8_attention
+
+    module = {"sageattn_3_fp8": fp8_attention, "sageattn_3_fp4": fp4_attention}.get(
+        mode, int8_attention
+    )
+    q = normal(1, 4, 1024, 128, seed=0)
+    prepared = getattr(module, f"prepare_{mode}")(q, q, q)
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool, device="cuda")
+    assert not module.attend(prepared, block_mask=mask).any()
+    mask[..., :4] = True
+    expected = attention(q, q[:, :, :512], q[:, :, :512])
+    error = relative_error(module.attend(prepared, block_mask=mask), expected)
+    assert error < (0.2 if mode == "sageattn_3_fp4" else 0.05)

@@ -347,3 +347,27 @@ def test_weights_that_fall_by_far_more_than_float32_holds_stay_right() -> None:
     same, same_lse = emulation.sageattn_3_fp4(q.abs(), k, v, return_lse=True)
     assert relative_error(out, same) < KERNEL_ERROR
     torch.testing.assert_close(lse, same_lse, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_programs_call_the_operators_without_a_break(mode: str) -> None:
+    q, k, v = sample(20, 70, heads=1, key_heads=1)
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = MODES[mode](q, k, v, return_lse=True)
+        return out + MODES[mode](q, k, v), lse
+
+    out, lse = torch.compile(program, fullgraph=True, backend="aot_eager")(q, k, v)
+    expected, expected_lse = program(q, k, v)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_operators_are_what_they_declare(mode: str) -> None:
+    """Their fake forms have the shape, dtype and strides of the true ones; no input changes."""
+    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in sample(20, 70)]
+    for name in (mode, f"{mode}_with_lse"):
+        operator = getattr(torch.ops.sagewan, name)
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(operator, (*inputs, None), test_utils=tests)

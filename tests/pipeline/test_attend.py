@@ -24,10 +24,12 @@ FLASH = fakes.on_cpu("flash_attn", layout="BHND")
 
 
 @pytest.fixture(autouse=True)
-def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> module._Session:
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> module.Session:
     """A process that knows nothing yet."""
     monkeypatch.setenv("SAGEWAN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "_session", module._Session())
+    monkeypatch.setattr(module.Session, "hardware", None)
+    monkeypatch.setattr(module.Session, "evidence", {})
+    monkeypatch.setattr(module, "_session", module.Session())
     return module._session
 
 
@@ -60,7 +62,7 @@ def flash(
         context.__exit__(None, None, None)
 
 
-def ran(session: module._Session) -> dict[object, object]:
+def ran(session: module.Session) -> dict[object, object]:
     return {row["implementation"]: row["calls"] for row in session.launcher.ran()}
 
 
@@ -79,7 +81,7 @@ def test_sdpa_in_both_layouts_with_grouped_heads(layout: str, dtype: torch.dtype
     torch.testing.assert_close(lse.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_mode_falls_back_or_is_refused_under_strict(session: module._Session) -> None:
+def test_a_mode_falls_back_or_is_refused_under_strict(session: module.Session) -> None:
     q, k, v = bias(40)
     sagewan.attend(q, k, v, mode="sageattn_3_fp4")
     assert ran(session) == {"torch.sdpa": 1}
@@ -95,7 +97,7 @@ def test_a_step_down_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "needs an NVIDIA GPU" in said
 
 
-def test_emulation_computes_the_mode_itself(session: module._Session) -> None:
+def test_emulation_computes_the_mode_itself(session: module.Session) -> None:
     q, k, v = bias(64)
     output = sagewan.attend(q, k, v, mode="sageattn_3_fp4", emulate=True, strict=True)
     assert isinstance(output, Tensor)
@@ -105,7 +107,7 @@ def test_emulation_computes_the_mode_itself(session: module._Session) -> None:
 
 @pytest.mark.parametrize(("milliseconds", "chosen"), [(0.5, "flash_attn"), (2.0, "torch.sdpa")])
 def test_auto_times_all_that_are_good_enough_once_and_takes_the_fastest(
-    session: module._Session,
+    session: module.Session,
     flash: Callable[[str, float], list[str]],
     milliseconds: float,
     chosen: str,
@@ -122,13 +124,15 @@ def test_the_next_process_finds_what_was_proved(
 ) -> None:
     tested = flash("good", 0.5)
     sagewan.attend(*bias(40), mode="flash_attn")
-    monkeypatch.setattr(module, "_session", module._Session())
+    monkeypatch.setattr(module.Session, "hardware", None)
+    monkeypatch.setattr(module.Session, "evidence", {})
+    monkeypatch.setattr(module, "_session", module.Session())
     sagewan.attend(*bias(40), mode="flash_attn")
     assert tested == ["flash_attn"]
 
 
 def test_a_row_that_fails_in_use_is_left_and_not_tried_again(
-    session: module._Session, flash: Callable[[str, float], list[str]]
+    session: module.Session, flash: Callable[[str, float], list[str]]
 ) -> None:
     flash("crash", 0.5)
     q, k, v = bias(40)
@@ -187,3 +191,31 @@ def test_a_padding_row_serves_only_lengths_where_it_does_not_show(
     row = replace(FLASH, key_block=64)
     assert row.padding_share(32_760) < catalogue.MAX_PADDING_SHARE < row.padding_share(333)
     assert row.padding_share(320) == 0
+
+
+@pytest.mark.parametrize("mode", ["sdpa", "sageattn"])
+@pytest.mark.parametrize("layout", ["BHND", "BNHD"])
+def test_a_compiled_program_has_no_break(mode: str, layout: str, session: module.Session) -> None:
+    q, k, v = bias(40)
+    shape = (lambda x: x.transpose(1, 2)) if layout == "BNHD" else (lambda x: x)
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = shape(q), shape(k), shape(v)
+        out, lse = sagewan.attend(
+            q, k, v, mode=mode, layout=layout, return_lse=True, emulate=True, scale=0.1
+        )
+        return out * 2 + sagewan.attend(q, k, v, mode=mode, layout=layout, emulate=True), lse
+
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    out, lse = compiled(q, k, v)
+    expected, expected_lse = program(q, k, v)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert sum(int(str(calls)) for calls in ran(session).values()) == 4
+
+
+def test_a_compiled_program_is_refused_in_words() -> None:
+    q, k, v = bias(40)
+    compiled = torch.compile(sagewan.attend, backend="aot_eager")
+    with pytest.raises(UnsupportedError, match="strict"):
+        compiled(q, k, v, mode="sageattn_3_fp8", strict=True)

@@ -13,7 +13,6 @@ blocks; no other mask, no causal order, no dropout, no gradient. After SageAtten
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +28,7 @@ from sagewan.kernels.int8_attention import (
 )
 from sagewan.kernels.key_blocks import BLOCK, key_of, walk
 from sagewan.kernels.launch import Tile, check, compute_capability, launch, strided
+from sagewan.kernels.operators import operator
 from sagewan.kernels.prepare import mean
 from sagewan.kernels.prepare_fp4 import (
     block_d_of,
@@ -67,8 +67,7 @@ def sageattn_3_fp4(
     ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
     Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses.
     """
-    prepared = prepare_sageattn_3_fp4(q, k, v, scale=scale, with_lse=return_lse)
-    return attend(prepared, return_lse=return_lse, out=torch.empty_like(q))
+    return _sageattn_3_fp4(q, k, v, scale, return_lse)
 
 
 def prepare_sageattn_3_fp4(
@@ -167,6 +166,9 @@ def _attend_some(
     }
     grid = (len(blocks) * BLOCK // tile.block_m, batch * heads)
     launch(_kernel, grid, out.device, arguments, tile)
+
+
+_sageattn_3_fp4 = operator("sageattn_3_fp4", prepare_sageattn_3_fp4, attend)
 
 
 @triton.jit

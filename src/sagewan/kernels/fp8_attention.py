@@ -10,7 +10,6 @@ order, no dropout, no gradient. After SageAttention2 (arXiv:2411.10958).
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +33,7 @@ from sagewan.kernels.launch import (
     launch,
     strided,
 )
+from sagewan.kernels.operators import operator
 from sagewan.kernels.prepare import e4m3_columns
 from sagewan.kernels.prepared import Columns, Prepared, Rows
 
@@ -68,8 +68,7 @@ def sageattn_3_fp8(
     ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
     Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses.
     """
-    prepared = prepare_sageattn_3_fp8(q, k, v, scale=scale, with_lse=return_lse)
-    return attend(prepared, return_lse=return_lse, out=torch.empty_like(q))
+    return _sageattn_3_fp8(q, k, v, scale, return_lse)
 
 
 def prepare_sageattn_3_fp8(
@@ -139,6 +138,9 @@ def attend(
     grid = (triton.cdiv(count, tile.block_m), batch * heads)
     launch(_kernel, grid, out.device, arguments, tile)
     return out if lse is None else (out, lse)
+
+
+_sageattn_3_fp8 = operator("sageattn_3_fp8", prepare_sageattn_3_fp8, attend)
 
 
 @triton.jit

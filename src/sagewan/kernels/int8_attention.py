@@ -24,6 +24,7 @@ from sagewan.kernels.launch import (
     launch,
     strided,
 )
+from sagewan.kernels.operators import operator
 from sagewan.kernels.prepare import Recipe, int8_rows, mean
 from sagewan.kernels.prepared import Prepared, Rows
 
@@ -55,16 +56,14 @@ def sageattn(
     ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
     Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses.
     """
-    prepared = prepare_sageattn(q, k, v, scale=scale, with_lse=return_lse)
-    return attend(prepared, return_lse=return_lse, out=torch.empty_like(q))
+    return _sageattn(q, k, v, scale, return_lse)
 
 
 def sageattn_3(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`sageattn`, with Q smoothed too, both rotated, and a scale for each token."""
-    prepared = prepare_sageattn_3(q, k, v, scale=scale, with_lse=return_lse)
-    return attend(prepared, return_lse=return_lse, out=torch.empty_like(q))
+    return _sageattn_3(q, k, v, scale, return_lse)
 
 
 def prepare_sageattn(
@@ -202,6 +201,10 @@ def attend(
     grid = (triton.cdiv(count, tile.block_m), batch * heads)
     launch(_kernel, grid, out.device, arguments, tile)
     return out if lse is None else (out, lse)
+
+
+_sageattn = operator("sageattn", prepare_sageattn, attend)
+_sageattn_3 = operator("sageattn_3", prepare_sageattn_3, attend)
 
 
 @triton.jit

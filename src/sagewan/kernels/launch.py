@@ -12,6 +12,8 @@ from torch import Tensor
 from sagewan.errors import ShapeError
 
 MAX_HEAD_DIM = 256
+# Triton decides at the import of a kernel.
+_INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -82,7 +84,7 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError(f"q, k and v are {found}: give all three as bfloat16 or as float16")
     if not q.device == k.device == v.device:
         raise ShapeError(f"q, k and v are on {q.device}, {k.device}, {v.device}: give one device")
-    if q.device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if q.device.type == "cpu" and not _INTERPRETED:
         raise ShapeError("q, k and v are on the CPU: these kernels need an NVIDIA GPU")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ShapeError("q, k or v wants a gradient, which low precision has not: use no_grad()")

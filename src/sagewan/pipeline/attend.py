@@ -3,6 +3,8 @@
 import logging
 import math
 from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -22,35 +24,57 @@ from sagewan.plan.request import Request
 
 logger = logging.getLogger(__name__)
 
+Inputs = tuple[Tensor, Tensor, Tensor]
+
 _LAYOUTS = ("BHND", "BNHD")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class _Session:
-    """What this process knows of its machine: probed once, evidence by device, head size, dtype."""
+class Wanted(NamedTuple):
+    """The mode that a caller names, and what may stand in for it."""
+
+    mode: str
+    strict: bool = False
+    emulate: bool = False
+
+    def request(self) -> Request:
+        """Raises RequestError for an unknown mode."""
+        return Request(
+            prompt="attend", attention=self.mode, strict=self.strict, emulate=self.emulate
+        )
+
+
+class Session:
+    """What a caller's calls ran, and what they fell back from. What is known of the machine is the
+    process's: probed once, evidence by device, head size and dtype."""
+
+    hardware: Hardware | None = None
+    evidence: ClassVar[dict[tuple[str, int, str], Evidence]] = {}
+    # By id, for the operators of compiled programs.
+    every: ClassVar[WeakValueDictionary[int, "Session"]] = WeakValueDictionary()
 
     def __init__(self) -> None:
-        self.hardware: Hardware | None = None
-        self.evidence: dict[tuple[str, int, str], Evidence] = {}
         self.launcher = Launcher()
-        self._told: set[Fallback] = set()
+        self.fallbacks: list[Fallback] = []
+        self.handle = id(self)
+        self.every[self.handle] = self
 
     def device(self, device: torch.device) -> tuple[Device, Hardware]:
-        self.hardware = self.hardware or probe()
+        hardware = Session.hardware = Session.hardware or probe()
         index = device.index or 0
         name = "cpu" if device.type == "cpu" else f"cuda:{index}"
-        return self.hardware.device(name), self.hardware
+        return hardware.device(name), hardware
 
     def tell(self, fallbacks: Iterable[Fallback]) -> None:
         """Each step down once: a caller sees the result, not what computed it."""
         for step in fallbacks:
-            if step not in self._told:
-                self._told.add(step)
+            if step not in self.fallbacks:
+                self.fallbacks.append(step)
                 change = Change(step.from_mode, step.to_mode, step.why())
                 logger.warning("%s", change.sentence())
 
 
-_session = _Session()
+_session = Session()
 
 
 def attend(
@@ -82,47 +106,138 @@ def attend(
     if layout == "BNHD" and all(x.ndim == 4 for x in (q, k, v)):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     _check(q, k, v, scale)
-    request = Request(prompt="attend", attention=mode, strict=strict, emulate=emulate)
+    wanted = Wanted(mode, strict, emulate)
     with torch.no_grad():
-        output, lse = _run(request, (q, k, v), scale, return_lse=return_lse)
+        if return_lse:
+            output, lse = attend_in_with_lse(_session, wanted, (q, k, v), scale)
+        else:
+            output, lse = attend_in(_session, wanted, (q, k, v), scale), None
     output = output.transpose(1, 2) if layout == "BNHD" else output
     return output if lse is None else (output, lse)
 
 
+def attend_in(
+    session: Session, wanted: Wanted, inputs: Inputs, scale: float | None = None
+) -> Tensor:
+    """q [B, H, N, D], k and v [B, Hk, M, D] → [B, H, N, D], in the wanted mode, counted in the
+    session. In a compiled program it is one operator, ``sagewan::attend``."""
+    if torch.compiler.is_compiling():
+        compiled: Tensor = _attend_operator(*inputs, session.handle, *wanted, scale)
+        return compiled
+    return _run(session, wanted, inputs, scale, return_lse=False)[0]
+
+
+def attend_in_with_lse(
+    session: Session, wanted: Wanted, inputs: Inputs, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`attend_in`, with the log-sum-exp [B, H, N] in float32."""
+    if torch.compiler.is_compiling():
+        both = _attend_with_lse_operator(*inputs, session.handle, *wanted, scale)
+        return both[0], both[1]
+    output, lse = _run(session, wanted, inputs, scale, return_lse=True)
+    assert lse is not None
+    return output, lse
+
+
+def _attend_now(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    session: int,
+    mode: str,
+    strict: bool,
+    emulate: bool,
+    scale: float | None,
+) -> Tensor:
+    wanted = Wanted(mode, strict, emulate)
+    output, _ = _run(Session.every[session], wanted, (q, k, v), scale, return_lse=False)
+    return _as_declared(output, q)
+
+
+def _attend_with_lse_now(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    session: int,
+    mode: str,
+    strict: bool,
+    emulate: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    wanted = Wanted(mode, strict, emulate)
+    output, lse = _run(Session.every[session], wanted, (q, k, v), scale, return_lse=True)
+    assert lse is not None
+    return _as_declared(output, q), lse.contiguous()
+
+
+def _as_declared(output: Tensor, q: Tensor) -> Tensor:
+    """In memory like q: a compiled program relies on it, whatever implementation runs."""
+    declared = torch.empty_like(q)
+    return output if output.stride() == declared.stride() else declared.copy_(output)
+
+
+_ARGUMENTS = (
+    "(Tensor q, Tensor k, Tensor v, int session, str mode, bool strict, bool emulate, float? scale)"
+)
+_attend_operator = torch.library.custom_op(
+    "sagewan::attend", _attend_now, mutates_args=(), schema=f"{_ARGUMENTS} -> Tensor"
+)
+_attend_with_lse_operator = torch.library.custom_op(
+    "sagewan::attend_with_lse",
+    _attend_with_lse_now,
+    mutates_args=(),
+    schema=f"{_ARGUMENTS} -> (Tensor, Tensor)",
+)
+
+
+@_attend_operator.register_fake
+def _(q: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+@_attend_with_lse_operator.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 def _run(
-    request: Request,
-    inputs: tuple[Tensor, Tensor, Tensor],
+    session: Session,
+    wanted: Wanted,
+    inputs: Inputs,
     scale: float | None,
     *,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch what the plan chose; after a failure, plan again without that implementation."""
-    device, hardware = _session.device(inputs[0].device)
+    request = wanted.request()
+    device, hardware = session.device(inputs[0].device)
     problem = _problem(*inputs, return_lse=return_lse)
     while True:
-        choice = _decide(request, problem, device, hardware)
+        choice = _decide(session, request, problem, device, hardware)
         try:
             if return_lse:
-                return _session.launcher.attend_with_lse(*inputs, choice, scale=scale)
-            return _session.launcher.attend(*inputs, choice, scale=scale), None
+                return session.launcher.attend_with_lse(*inputs, choice, scale=scale)
+            return session.launcher.attend(*inputs, choice, scale=scale), None
         except ImplementationError as failure:
             if choice.row.trusted:
                 raise
             key = _key(device, problem)
-            _session.evidence[key] = _session.evidence[key].with_failure(
+            session.evidence[key] = session.evidence[key].with_failure(
                 failure.implementation, failure.objection
             )
 
 
-def _decide(request: Request, problem: Problem, device: Device, hardware: Hardware) -> Choice:
+def _decide(
+    session: Session, request: Request, problem: Problem, device: Device, hardware: Hardware
+) -> Choice:
     """Plan, prove what the plan wants proved, and plan again until nothing is left to prove."""
     key = _key(device, problem)
-    evidence = _session.evidence.get(key) or load_evidence(device, hardware, problem)
+    evidence = session.evidence.get(key) or load_evidence(device, hardware, problem)
     while True:
         plan = plan_attention(request, None, problem, device, hardware, evidence, layers=1)
-        _session.evidence[key] = evidence
+        session.evidence[key] = evidence
         if not plan.unproven:
-            _session.tell(plan.fallbacks)
+            session.tell(plan.fallbacks)
             return plan.main
         evidence = prove(plan, device, hardware, evidence)
 

@@ -27,9 +27,10 @@ package: .venv/ready
 gpu: .venv/ready
 	$(BIN)/pytest -m gpu
 
-# Our kernels beside torch's attention, on an NVIDIA GPU; docs/measured.md says what came out.
+# Our kernels beside others', on an NVIDIA GPU; docs/measured.md says what came out.
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.attention --json benchmarks/results/attention.json
+	$(BIN)/sagewan bench attention --json benchmarks/results/attention.json
+	$(BIN)/python tools/attention_chart.py benchmarks/results/attention.json docs/images/attention.svg
 
 # The kernels with every Triton that a supported torch brings; .venv has one of them.
 TRITONS := 3.6.0 3.7.1 3.8.0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sagewan.attention import bench
 from sagewan.errors import ShapeError
 from sagewan.plan.catalogue import row_named, rows_of
 from sagewan.reference import emulation
@@ -13,13 +14,6 @@ from sagewan.reference.attention import attention, attention_with_lse, relative_
 
 pytestmark = pytest.mark.gpu
 
-# The most relative error against float64 on (bias, local), at 32768 tokens.
-LIMITS = {
-    "sageattn": (0.0020, 0.0095),
-    "sageattn_3": (0.0019, 0.0075),
-    "sageattn_3_fp8": (0.0045, 0.029),
-    "sageattn_3_fp4": (0.050, 0.150),
-}
 # The most a kernel may differ from the emulation of the same formats in the same order. In 16-bit
 # modes it is the rounding of the output; FP8's P falls to the other side of a tie now and then.
 KERNEL_ERROR = {
@@ -30,7 +24,7 @@ KERNEL_ERROR = {
 }
 
 
-@pytest.fixture(params=LIMITS)
+@pytest.fixture(params=bench.OURS)
 def mode(request: pytest.FixtureRequest) -> str:
     name = str(request.param)
     major, minor = torch.cuda.get_device_capability()
@@ -54,11 +48,9 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tenso
 
 @pytest.mark.parametrize("family", ["bias", "local"])
 def test_error_is_within_the_modes_class(mode: str, family: str) -> None:
-    from benchmarks import attention as benchmark
-
-    q, k, v = benchmark.inputs(family, (1, 4, 32768))
-    error = benchmark.error_of(run(mode), q, k, v)
-    assert error <= LIMITS[mode][family == "local"], error
+    q, k, v = bench.inputs(family, (1, 4, 32768), "cuda")
+    error = bench.error_of(run(mode), q, k, v)
+    assert error <= bench.OURS[mode][family == "local"], error
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,6 +20,7 @@ COMMANDS = {
     "download": "fetch a published model: resumed, checked, never without being asked",
     "doctor": "say what this machine can run, and try it",
     "queue": "show and change the videos that wait, or make them",
+    "bench": "measure attention here, ours and others', on the same inputs",
     "jobs": "list, show and cancel runs",
 }
 

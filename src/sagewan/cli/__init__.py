@@ -12,6 +12,7 @@ from sagewan.errors import Cancelled, RequestError, SagewanError
 
 # The modules are imported when their command is called: --help must not wait for torch.
 COMMANDS = {
+    "ui": "open the app in the browser",
     "generate": "make a video from a prompt",
     "compare": "make one video in several settings, side by side",
     "plan": "say what would run, and what it needs; loads nothing",

@@ -6,6 +6,7 @@ import json
 import secrets
 import signal
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("id", type=int)
     work = actions.add_parser("work", help="make the videos of the queue; the app starts this")
     work.add_argument("--until-empty", action="store_true", help="end when none is left")
+    work.add_argument(
+        "--while-stdin", action="store_true", help="end when standard input does; for a parent"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sagewan.jobs.records import default_path
 
     if arguments.action == "work":
-        return _work(until_empty=arguments.until_empty)
+        return _work(until_empty=arguments.until_empty, while_stdin=arguments.while_stdin)
     try:
         with Queue(default_path()) as queue:
             text = _ACTIONS[arguments.action or "list"](queue, arguments)
@@ -126,13 +130,15 @@ _ACTIONS = {
 }
 
 
-def _work(*, until_empty: bool) -> int:
+def _work(*, until_empty: bool, while_stdin: bool) -> int:
     from sagewan.cli.show import shown
     from sagewan.jobs.records import default_path
     from sagewan.jobs.worker import work
     from sagewan.pipeline.progress import Watch
 
     stop = threading.Event()
+    if while_stdin:
+        threading.Thread(target=_stop_with_stdin, args=(stop,), daemon=True).start()
     with _stopped_by_signals(stop), contextlib.ExitStack() as stack:
 
         def watch_of() -> Watch:
@@ -143,6 +149,11 @@ def _work(*, until_empty: bool) -> int:
 
         work(default_path(), stop, until_empty=until_empty, watch_of=watch_of)
     return 0
+
+
+def _stop_with_stdin(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()
 
 
 @contextlib.contextmanager

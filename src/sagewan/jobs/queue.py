@@ -140,6 +140,15 @@ class Queue(Store):
         row = self._db.execute("SELECT step, image FROM previews WHERE job = ?", (job,)).fetchone()
         return (row["step"], row["image"]) if row else None
 
+    def set_draft(self, owner: str, form: Mapping[str, Any]) -> None:
+        """What an owner has typed, so that nothing of it is lost."""
+        self._db.execute("REPLACE INTO drafts VALUES (?, ?)", (owner, json.dumps(form)))
+
+    def draft(self, owner: str) -> dict[str, Any]:
+        """What an owner had typed; empty if nothing."""
+        row = self._db.execute("SELECT form FROM drafts WHERE owner = ?", (owner,)).fetchone()
+        return dict(json.loads(row["form"])) if row else {}
+
     def take_seat(self, device: str) -> bool:
         """Be the worker of a device; False if another living process is. A machine that shares
         this file has its own."""

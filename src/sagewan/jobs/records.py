@@ -14,7 +14,7 @@ from sagewan.jobs.states import State
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import request_from_json
 
-SCHEMA = 2
+SCHEMA = 3
 TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -47,7 +47,8 @@ CREATE TABLE previews (job INTEGER PRIMARY KEY, step INTEGER NOT NULL, image BLO
 CREATE TABLE workers (
     device TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL
 );
-"""
+""",
+    3: "CREATE TABLE drafts (owner TEXT PRIMARY KEY, form TEXT NOT NULL)",
 }
 
 

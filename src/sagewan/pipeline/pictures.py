@@ -17,7 +17,13 @@ _TO_8_BIT = [round(value / 257) for value in range(65536)]
 
 
 def load_picture(path: Path, size: tuple[int, int], name: str = "image") -> Image.Image:
-    """An RGB picture, cropped about its centre to the proportions of ``size``, not yet resized.
+    """As :func:`open_picture`, cropped about its centre to the proportions of ``size``, not yet
+    resized."""
+    return _cropped(open_picture(path, name), size)
+
+
+def open_picture(path: Path, name: str = "image") -> Image.Image:
+    """An RGB picture.
 
     Turned as its EXIF says; what is transparent shows white; 16-bit grey is scaled to 8; of an
     animation, the first frame. Raises RequestError, naming the request's field, if the file is
@@ -32,7 +38,7 @@ def load_picture(path: Path, size: tuple[int, int], name: str = "image") -> Imag
             Image.open(path, formats=FORMATS) as picture,
         ):
             _check_size(picture.size, path, name)
-            rgb = _rgb(ImageOps.exif_transpose(picture))
+            return _rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
         raise RequestError(f"{name}={path}: there is no such file") from None
     except IsADirectoryError:
@@ -46,7 +52,6 @@ def load_picture(path: Path, size: tuple[int, int], name: str = "image") -> Imag
     # Pillow's decoders raise any of these for a damaged file.
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error) as error:
         raise RequestError(f"{name}={path} is damaged or can't be read ({error})") from None
-    return _cropped(rgb, size)
 
 
 def _check_size(size: tuple[int, int], path: Path, name: str) -> None:

@@ -1,5 +1,6 @@
 """The attention modes, their quality classes, what each falls back to, and the presets."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -101,7 +102,7 @@ def fallback_chain(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A starting point that any field of the request overrides."""
+    """A starting point that any field of the request overrides; for cards from ``from_gib``."""
 
     name: str
     attention: str
@@ -111,6 +112,7 @@ class Preset:
     size: tuple[int, int]
     frames: int
     memory: str
+    from_gib: int
 
 
 _PRESETS = (
@@ -123,6 +125,7 @@ _PRESETS = (
         size=(1280, 720),
         frames=61,
         memory="8-12 GB",
+        from_gib=8,
     ),
     Preset(
         name="balanced",
@@ -133,6 +136,7 @@ _PRESETS = (
         size=(1280, 720),
         frames=81,
         memory="12-16 GB",
+        from_gib=12,
     ),
     Preset(
         name="quality",
@@ -143,7 +147,17 @@ _PRESETS = (
         size=(1920, 1080),
         frames=121,
         memory="16 GB and more",
+        from_gib=16,
     ),
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _PRESETS})
+
+
+def fitting_preset(memory_total: int) -> str:
+    """The most demanding preset that is meant for a card with so many bytes; the least one for
+    cards below them all."""
+    # A card of 16 GB reports some hundred MB less than 16 GiB.
+    gib = math.ceil(memory_total / 2**30)
+    fitting = [preset.name for preset in _PRESETS if preset.from_gib <= gib]
+    return fitting[-1] if fitting else _PRESETS[0].name

@@ -50,7 +50,36 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                     "this version can only emulate it (--emulate: exact arithmetic, slow)"
                 ),
             }
-        )
+        ),
+        "zh": MappingProxyType(
+            {
+                "needs-cuda": "需要 NVIDIA 显卡，而 {device} 不是",
+                "compute-capability": "需要计算能力 {needed}，而 {device} 是 {found}",
+                "no-kernel": "这个版本没有对应的内核",
+                "package-missing": "没有安装软件包 {package}（{install}）",
+                "package-version": "需要 {package} {needed}，而安装的是 {found}",
+                "platform": "不能在 {found} 上运行，只能在 {needed} 上",
+                "head-dim": "支持的头尺寸是 {needed}，而模型的是 {found}",
+                "dtype": "支持 {needed}，而模型以 {found} 运行",
+                "log-sum-exp": "不返回 log-sum-exp",
+                "grouped-heads": "不支持键的头数少于查询的头数",
+                "key-padding": (
+                    "会把最后一块（{block} 个键）的填充当作键，只有 {found} 个键时会显现出来"
+                ),
+                "import-failed": "软件包 {package} 无法导入（{error}）",
+                "function-missing": "软件包 {package} 没有函数 {function}",
+                "self-test-error": "自检误差为 {error}，超过该级别的上限 {limit}",
+                "self-test-not-finite": "自检得到 NaN 或无穷大",
+                "self-test-changed-inputs": "自检发现它会改动输入",
+                "self-test-crashed": "自检失败（{error}）",
+                "self-test-no-memory": "自检时空闲内存太少（{error}）；sagewan doctor 会再试一次",
+                "self-test-timeout": "自检在 {seconds} 秒内没有结果；sagewan doctor 会再试一次",
+                "run-not-finite": "它的结果在第 {step} 步不再是有限值",
+                "run-failed": "运行时失败（{error}）",
+                "no-more-precise": "并不比结果已非有限值的 {mode} 更精确",
+                "emulation-only": "这个版本只能模拟它（模拟：算术精确，但很慢）",
+            }
+        ),
     }
 )
 

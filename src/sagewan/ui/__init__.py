@@ -1,0 +1,1 @@
+"""The app: a page on the queue. It holds no logic that the command line lacks."""

@@ -1,0 +1,75 @@
+"""The parts of the page that refresh themselves, as HTML."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sagewan.jobs.queue import Queue
+from sagewan.plan.hardware import GIB
+from sagewan.ui.templates import render
+from sagewan.ui.views import card, cards, current
+from sagewan.ui.words import Words
+
+_HEADS = ("name", "ran", "psnr", "ssim", "seconds", "step", "memory")
+
+
+def _live(queue: Queue, owner: str, words: Words) -> str:
+    return render("live", words, card=current(queue, owner, words))
+
+
+def _library(queue: Queue, owner: str, words: Words) -> str:
+    return render("library", words, cards=cards(queue, owner, words))
+
+
+def _compare(queue: Queue, owner: str, words: Words) -> str:
+    """The visitor's latest comparison."""
+    job = next((job for job in queue.of(owner, limit=200) if job.variants is not None), None)
+    videos: list[Mapping[str, Any]] = []
+    if job and job.report:
+        videos = job.report["videos"]
+    return render(
+        "compare",
+        words,
+        card=job and card(queue, job, words),
+        videos=videos,
+        heads=[words(f"compare.head.{head}") for head in _HEADS],
+        rows=[_row(video, words) for video in videos],
+        notes=list(_notes(videos, words)),
+    )
+
+
+BOARDS: Mapping[str, Callable[[Queue, str, Words], str]] = {
+    "live": _live,
+    "library": _library,
+    "compare": _compare,
+}
+
+
+def _row(video: Mapping[str, Any], words: Words) -> list[str]:
+    alike, peak = video["likeness"], video["peak_device_bytes"]
+    quality = ["–", "–"]
+    if alike:
+        psnr = words("compare.equal") if alike["equal"] else f"{alike['psnr']:.1f}"
+        quality = [psnr, f"{alike['ssim']:.4f}"]
+    step = video["seconds_per_step"]
+    return [
+        video["name"],
+        " + ".join(dict.fromkeys(video["modes"])),
+        *quality,
+        f"{video['seconds']:.1f}",
+        "–" if step is None else f"{step:.2f}",
+        "–" if peak is None else f"{peak / GIB:.2f}",
+    ]
+
+
+def _notes(videos: list[Mapping[str, Any]], words: Words) -> dict[str, None]:
+    """Each fallback, once."""
+    return dict.fromkeys(
+        words(
+            "job.fallback",
+            source=step["from"],
+            target=step["to"],
+            why=words.sentence(step["why"]),
+        )
+        for video in videos
+        for step in video["fallbacks"]
+    )

@@ -1,0 +1,61 @@
+"""What ``sagewan doctor --json`` says, as the page shows it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sagewan.plan.hardware import GIB
+from sagewan.plan.objection import Objection
+from sagewan.ui.words import Words
+
+
+def diagnosis_view(data: Mapping[str, Any], words: Words) -> dict[str, Any]:
+    """The values of the template ``doctor``."""
+    import json
+
+    return {
+        "problems": [words.sentence(text) for text in data["problems"]],
+        "machine": _machine(data["hardware"], words),
+        "modes": [_mode(mode, words) for mode in data["modes"]],
+        "rows": [_row(row, words) for row in data["implementations"]],
+        "advice": data["advice"],
+        "text": json.dumps(data, indent=1, ensure_ascii=False),
+    }
+
+
+def _machine(hardware: Mapping[str, Any], words: Words) -> list[tuple[str, str]]:
+    cpu = hardware["cpu"]
+    lines = [
+        (words("doctor.cpu"), f"{cpu['name']} × {hardware['cores']}"),
+        (words("doctor.memory"), f"{hardware['memory_total'] / GIB:.0f} GiB"),
+        (words("doctor.system"), f"{hardware['system']}, Python {hardware['python']}"),
+        (words("doctor.driver"), hardware["driver"] or words("doctor.no_driver")),
+    ]
+    for device in hardware["devices"]:
+        memory = f"{device['memory_free'] / GIB:.1f} / {device['memory_total'] / GIB:.1f} GiB"
+        text = f"{device['name']}, sm_{device['sm']}, {memory}"
+        lines.append((words("doctor.gpu", index=device["index"]), text))
+    versions = hardware["packages"]
+    lines += [
+        (name, versions[name]) for name in ("torch", "triton", "diffusers") if name in versions
+    ]
+    return lines
+
+
+def _mode(mode: Mapping[str, Any], words: Words) -> dict[str, str]:
+    here = words("mode.runs") if mode["itself"] else words("mode.becomes", mode=mode["runs"])
+    why = mode["implementation"] if mode["why"] is None else words.sentence(mode["why"])
+    return {"name": mode["name"], "here": here, "why": why}
+
+
+def _row(row: Mapping[str, Any], words: Words) -> dict[str, str]:
+    objection = row["objection"]
+    answer = words("doctor.passed")
+    if objection:
+        answer = Objection(objection["code"], objection["values"]).sentence(words.language)
+    return {
+        "name": row["name"],
+        "formats": f"{words.format(row['qk'])} / {words.format(row['pv'])}",
+        "error": "" if row["error"] is None else f"{row['error']:.2g}",
+        "milliseconds": "" if row["milliseconds"] is None else f"{row['milliseconds']:.3g}",
+        "answer": answer,
+    }

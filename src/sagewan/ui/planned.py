@@ -1,0 +1,129 @@
+"""The plan of what stands in the widgets, and what every mode would do here, for the templates."""
+
+from dataclasses import dataclass, replace
+
+from sagewan.errors import SagewanError
+from sagewan.pipeline.draft import draft_plan
+from sagewan.plan.hardware import GIB, Hardware
+from sagewan.plan.modes import MODES, fitting_preset
+from sagewan.plan.plan import Plan
+from sagewan.plan.request import Request
+from sagewan.ui.words import Words
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeHere:
+    """A mode, and what asking for it gets on this machine: itself, or another, and why."""
+
+    name: str
+    use: str
+    formats: str
+    runs: str | None
+    why: str | None
+
+    @property
+    def itself(self) -> bool:
+        return self.runs == self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanView:
+    """A plan in words. ``parts`` of the memory are (name, GiB, share of the card)."""
+
+    mode: str
+    brief: tuple[str, ...]
+    lines: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    fallbacks: tuple[str, ...]
+    parts: tuple[tuple[str, float, float], ...]
+    memory: str
+    fits: bool
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes, if it can't run as it is."""
+        return () if self.fits else self.notes
+
+
+def modes_here(request: Request, hardware: Hardware, words: Words) -> list[ModeHere]:
+    """Every mode with what this machine would do if it were asked for it."""
+    plain = replace(
+        request, attention=None, attention_ends=None, attention_keep_layers=(), strict=False
+    )
+    return [_mode_here(replace(plain, attention=name), hardware, words) for name in MODES]
+
+
+def _mode_here(request: Request, hardware: Hardware, words: Words) -> ModeHere:
+    name = str(request.attention)
+    runs = why = None
+    try:
+        attention = draft_plan(request, hardware).attention
+    except SagewanError as error:
+        why = words.sentence(str(error))
+    else:
+        runs = attention.main.mode
+        reasons = dict.fromkeys(step.why(words.language) for step in attention.fallbacks)
+        why = words.joined(reasons) or None
+    mode = MODES[name]
+    formats = f"Q·Kᵀ {words.format(mode.qk)}, P·V {words.format(mode.pv)}"
+    return ModeHere(name=name, use=words(f"mode.{name}"), formats=formats, runs=runs, why=why)
+
+
+def plan_view(plan: Plan, words: Words) -> PlanView:
+    """What would run, and what it needs."""
+    total = plan.device.memory_free or plan.device.memory_total
+    weights = plan.weight_bytes / plan.model.experts
+    share = min(weights / total, 1.0) if total else 0.0
+    return PlanView(
+        mode=plan.attention.main.mode,
+        brief=(
+            plan.model.name,
+            f"{plan.size[0]}×{plan.size[1]}",
+            words("job.frames", count=plan.frames),
+            words("job.steps", count=plan.steps.count),
+        ),
+        lines=tuple(_lines(plan, words)),
+        notes=tuple(words.sentence(note) for note in plan.notes),
+        fallbacks=tuple(
+            words(
+                "job.fallback",
+                source=step.from_mode,
+                target=step.to_mode,
+                why=step.why(words.language),
+            )
+            for step in plan.attention.fallbacks
+        ),
+        parts=((words("plan.weights"), weights / GIB, share),),
+        memory=words(
+            "plan.memory",
+            used=f"{weights / GIB:.1f}",
+            free=f"{total / GIB:.1f}",
+            device=plan.device.name,
+        ),
+        fits=not total or weights <= total,
+    )
+
+
+def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
+    steps, row = plan.steps, plan.attention.main.row
+    guidance = f"CFG {steps.cfg:g}" + ("" if steps.cfg_2 is None else f" / {steps.cfg_2:g}")
+    emulated = words("job.emulated") if row.emulated else ""
+    grid = "" if plan.size == plan.grid_size else f" ({plan.grid_size[0]}×{plan.grid_size[1]})"
+    lines = [
+        (words("plan.attention"), f"{row.mode}{emulated}"),
+        (words("plan.by"), row.name),
+        (words("plan.video"), f"{plan.size[0]}×{plan.size[1]}{grid}"),
+        (words("plan.length"), words("plan.frames_at", count=plan.frames, fps=plan.fps)),
+        (words("plan.steps"), f"{steps.count} · {steps.scheduler} · {guidance}"),
+        (words("plan.tokens"), f"{plan.tokens:,}"),
+        (words("plan.device"), f"{plan.device.name} · {plan.dtype}"),
+    ]
+    if plan.attention.ends:
+        counts = words("plan.ends", first=plan.attention.first, last=plan.attention.last)
+        lines.insert(2, (counts, plan.attention.ends.row.mode))
+    return lines
+
+
+def preset_here(hardware: Hardware) -> str | None:
+    """The preset for this machine's first card; None without one."""
+    return fitting_preset(hardware.usable[0].memory_total) if hardware.usable else None

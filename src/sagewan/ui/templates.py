@@ -1,0 +1,24 @@
+"""Templates → HTML, with every value escaped."""
+
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from sagewan.ui.words import Words
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(name: str, words: Words, **values: object) -> str:
+    """A template of this package, in the language of ``words``."""
+    return _environment().get_template(f"{name}.html").render(w=words, **values)

@@ -1,0 +1,196 @@
+"""Widgets and fields are the same set, and mean the same."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sagewan.errors import RequestError
+from sagewan.plan.modes import fitting_preset
+from sagewan.plan.request import Ends, Request
+from sagewan.ui import uploads
+from sagewan.ui.door import owner_of
+from sagewan.ui.form import PARTS, names, request_of, values_of
+from sagewan.ui.uploads import kept_picture, uploads_folder
+from sagewan.ui.words import Words
+
+# gradio leaves an event loop open for each page it makes: in a process of its own.
+PAGES = """
+import json, sys
+from sagewan.ui.quick_gradio import import_gradio
+import_gradio()
+from sagewan.ui.page import build_page
+from sagewan.ui.widgets import _MAKE
+from sagewan.ui.words import LANGUAGES
+ids = [[getattr(b, "elem_id", None) for b in build_page(l).blocks.values()] for l in LANGUAGES]
+torch = [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]
+print(json.dumps({"ids": ids, "made": list(_MAKE), "torch": torch}))
+"""
+
+
+def test_there_is_one_widget_for_each_field_and_no_torch_in_the_page() -> None:
+    command = [sys.executable, "-c", PAGES]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    told = json.loads(out)
+    assert told["torch"] == []
+    assert set(told["made"]) == set(names())
+    for ids in told["ids"]:
+        on_the_page = {name for name in names() if f"field-{name.replace('.', '-')}" in ids}
+        assert on_the_page == set(names())
+    assert {name.partition(".")[0] for name in names()} == {f.name for f in fields(Request)}
+
+
+EXAMPLES: dict[str, tuple[dict[str, Any], Any]] = {
+    "negative": ({"negative": "blur"}, "blur"),
+    "model": ({"model": "wan2.1-t2v-14b"}, "wan2.1-t2v-14b"),
+    "output": ({"output": "my ../../clip"}, Path("my-clip.mp4")),
+    "preset": ({"preset": "balanced"}, "balanced"),
+    "attention": ({"attention": "sdpa"}, "sdpa"),
+    "attention_ends": (
+        {"attention": "sdpa", "attention_ends": "sageattn", "attention_ends.first": "2"},
+        Ends(mode="sageattn", first=2, last=0),
+    ),
+    "steps": ({"steps": " 12 "}, 12),
+    "cfg": ({"cfg": "4.5"}, 4.5),
+    "cfg_2": ({"cfg_2": "3"}, 3.0),
+    "boundary": ({"boundary": "0.9"}, 0.9),
+    "shift": ({"shift": "8"}, 8.0),
+    "scheduler": ({"scheduler": "lcm"}, "lcm"),
+    "seed": ({"seed": str(2**60 + 1)}, 2**60 + 1),
+    "size": ({"size": "1280x720"}, (1280, 720)),
+    "frames": ({"frames": "81"}, 81),
+    "fps": ({"fps": "24"}, 24),
+    "device": ({"device": "cuda:1"}, "cuda:1"),
+    "dtype": ({"dtype": "float16"}, "float16"),
+    "strict": ({"strict": True}, True),
+    "emulate": ({"emulate": True}, True),
+    "metadata": ({"metadata": False}, False),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_widget_reaches_its_field_and_comes_back(name: str) -> None:
+    values, expected = EXAMPLES[name]
+    request = request_of({"prompt": "a ball", **values})
+    assert getattr(request, name) == expected
+    assert getattr(request_of(values_of(request)), name) == expected
+
+
+def test_an_empty_form_is_the_default_request() -> None:
+    empty = {name: "" for name in names() if name.partition(".")[0] not in ("prompt", "metadata")}
+    assert request_of({**empty, "prompt": "a ball"}) == Request(prompt="a ball")
+
+
+WRONG = {
+    "prompt": {"prompt": "  "},
+    "negative": {"negative": "\ud800"},
+    "preset": {"preset": "best"},
+    "attention": {"attention": "sageatn"},
+    "attention_ends": {"attention": "sdpa", "attention_ends": "sdpa", "attention_ends.last": "x"},
+    "attention_keep_layers": {"attention_keep_layers": "first"},
+    "steps": {"steps": "2.5"},
+    "cfg": {"cfg": "high"},
+    "cfg_2": {"cfg_2": "-1"},
+    "boundary": {"boundary": "2"},
+    "shift": {"shift": "0"},
+    "scheduler": {"scheduler": "ddim"},
+    "seed": {"seed": "-3"},
+    "size": {"size": "big"},
+    "frames": {"frames": "6"},
+    "fps": {"fps": "0"},
+    "dtype": {"dtype": "int8"},
+    "image": {"image": "/etc/passwd"},
+    "last_image": {"last_image": "/etc/passwd"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_refusal_begins_with_its_field(name: str) -> None:
+    from sagewan.ui.handlers import refusals
+
+    with pytest.raises(RequestError) as caught:
+        request_of({"prompt": "a ball", **WRONG[name]})
+    answer = json.loads(refusals(caught.value, Words("zh")))
+    assert answer["field"] == name
+    assert any("\u4e00" <= letter <= "\u9fff" for letter in answer["text"])
+
+
+def upload(name: str, picture: Image.Image | None = None, data: bytes = b"") -> Path:
+    path = uploads_folder() / "abc" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if picture is None:
+        path.write_bytes(data)
+    else:
+        exif = Image.Exif()
+        exif[0x010E] = "a secret place"
+        picture.save(path, exif=exif)
+    return path
+
+
+def test_a_picture_is_written_anew_without_what_it_carried() -> None:
+    path = upload("a.jpg", Image.new("RGB", (64, 48), "red"))
+    assert b"a secret place" in path.read_bytes()
+    kept = kept_picture(path, "image")
+    assert kept.parent == uploads_folder() / "kept"
+    assert b"a secret place" not in kept.read_bytes()
+    with Image.open(kept) as image:
+        assert (image.format, image.size) == ("PNG", (64, 48))
+    assert kept_picture(kept, "image") == kept
+
+
+def test_of_an_animation_only_the_first_frame_is_decoded() -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "green")]
+    path = uploads_folder() / "a.gif"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    with Image.open(kept_picture(path, "image")) as image:
+        assert getattr(image, "n_frames", 1) == 1
+        assert image.getpixel((5, 5)) == (254, 0, 0) or image.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_what_is_no_picture_too_large_or_from_elsewhere_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match=r"image=a\.png is not a picture"):
+        kept_picture(upload("a.png", data=b"<svg onload=alert(1)>"), "image")
+    bomb = upload("bomb.png", Image.new("1", (10000, 9000)))
+    with pytest.raises(RequestError, match="million pixels"):
+        kept_picture(bomb, "image")
+    monkeypatch.setattr(uploads, "MAX_BYTES", 10)
+    with pytest.raises(RequestError, match="more than 0 MB"):
+        kept_picture(bomb, "image")
+    mine = tmp_path / "mine.png"
+    Image.new("RGB", (32, 32)).save(mine)
+    for path in (mine, uploads_folder() / ".." / ".." / "mine.png", Path("/etc/passwd")):
+        with pytest.raises(RequestError, match="choose the picture again"):
+            kept_picture(path, "image")
+
+
+def test_a_model_is_named_by_the_server_not_by_a_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SAGEWAN_MODELS", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model_index.json").write_text("{}")
+    assert request_of({"prompt": "x", "model": "mine"}).model == str(tmp_path / "mine")
+    for path in (str(tmp_path / "mine"), "../mine", "/etc"):
+        with pytest.raises(RequestError, match="model="):
+            request_of({"prompt": "x", "model": path})
+
+
+def test_parts_belong_to_fields() -> None:
+    assert set(PARTS) <= {field.name for field in fields(Request)}
+    assert owner_of({"x-sagewan-owner": "me"}) == "me"
+
+
+@pytest.mark.parametrize(
+    ("gib", "preset"),
+    [(6, "low-vram"), (8, "low-vram"), (11.9, "balanced"), (15.6, "quality"), (80, "quality")],
+)
+def test_the_preset_for_a_card(gib: float, preset: str) -> None:
+    assert fitting_preset(int(gib * 2**30)) == preset

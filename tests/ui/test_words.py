@@ -69,7 +69,17 @@ def test_every_key_that_is_used_is_there_and_every_key_is_used() -> None:
     used = set(re.findall(pattern, text))
     used = {key for key in used if not key.endswith(".")}
     assert used - set(TABLES["en"]) - {"compare.html"} == set()
-    families = ("field.", "info.", "mode.", "stage.", "state.", "compare.head.", "time.", "list.")
+    families = (
+        "field.",
+        "info.",
+        "mode.",
+        "quantization.",
+        "stage.",
+        "state.",
+        "compare.head.",
+        "time.",
+        "list.",
+    )
     unused = {key for key in TABLES["en"] if key not in used and not key.startswith(families)}
     assert unused == set()
 

@@ -77,6 +77,10 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "run-not-finite": "它的结果在第 {step} 步不再是有限值",
                 "run-failed": "运行时失败（{error}）",
                 "no-more-precise": "并不比结果已非有限值的 {mode} 更精确",
+                "format": "接受 {needed} 格式的权重，而这些是 {found}",
+                "policy-16-bit": "也会舍入输入，而这些层要以 16 位相乘",
+                "rows": "对 {found} 行来说不是最快的",
+                "sides": "接受边长为 {needed} 的倍数的矩阵",
                 "emulation-only": "这个版本只能模拟它（模拟：算术精确，但很慢）",
             }
         ),

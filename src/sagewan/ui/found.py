@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from sagewan.checkpoint.find import models_folder
+from sagewan.checkpoint.places import models_folder
 from sagewan.plan.models import DEMO, PUBLISHED
 
 _FILES = (".safetensors", ".gguf")

@@ -25,7 +25,7 @@ from sagewan.plan.serialize import field_types
 from sagewan.ui.diagnosis import diagnosis_view
 from sagewan.ui.door import owner_of
 from sagewan.ui.form import Values, names, request_of, values_of
-from sagewan.ui.planned import modes_here, plan_view
+from sagewan.ui.planned import modes_here, plan_view, quantizations_here
 from sagewan.ui.templates import render
 from sagewan.ui.widgets import placeholders
 from sagewan.ui.words import Words
@@ -50,13 +50,14 @@ def _about(text: str, field: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """HTML of the plan, of its line under the button, and of the modes (None: as it was); the
-    refusal as JSON; and what the empty widgets show."""
+    """HTML of the plan, of its line under the button, of the modes and of the quantizations (None:
+    as it was); the refusal as JSON; and what the empty widgets show."""
 
     plan: str
     brief: str
     refusal: str
     modes: str | None = None
+    weights: str | None = None
     hints: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,6 +82,7 @@ class Handlers:
             wanted = request_of(values, any_prompt=True)
             hints = placeholders(find_model(wanted.model, need_files=False).sampling)
             modes = render("modes", words, modes=modes_here(wanted, hardware, words))
+            weights = quantizations_here(wanted, hardware, words)
             view = plan_view(draft_plan(wanted, hardware), words)
         except SagewanError as error:
             text = words.sentence(str(error))
@@ -91,6 +93,7 @@ class Handlers:
             brief=render("brief", words, plan=view),
             refusal=refusals(None, words),
             modes=modes,
+            weights=render("modes", words, modes=weights),
             hints=hints,
         )
 

@@ -127,6 +127,8 @@ class _Page:
                 self.plan = gr.HTML("", elem_id="sw-plan", js_on_load=None)
                 self._title("section.modes")
                 self.modes = gr.HTML("", elem_id="sw-modes", js_on_load=None)
+                self._title("section.quantizations")
+                self.weights = gr.HTML("", elem_id="sw-weights", js_on_load=None)
                 self._title("section.from_file")
                 gr.HTML(
                     render("intro", words, text=words("section.from_file_info")), js_on_load=None
@@ -212,13 +214,16 @@ class _Page:
     def _wire(self, page: gr.Blocks) -> None:
         made, handlers = self.widgets.made, self.handlers
         every = set(made.values())
-        shown = [self.plan, self.brief, self.modes, self.answer, *made.values()]
+        told = [self.plan, self.brief, self.modes, self.weights, self.answer]
+        shown = [*told, *made.values()]
 
         def changed(data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
             answer = handlers.changed(self._named(data), request)
             updates = {self.plan: answer.plan, self.brief: answer.brief}
             updates |= {self.answer: answer.refusal} | self._placed(answer.hints)
-            return updates | ({} if answer.modes is None else {self.modes: answer.modes})
+            if answer.modes is not None:
+                updates |= {self.modes: answer.modes, self.weights: answer.weights or ""}
+            return updates
 
         def opened(request: gr.Request) -> dict[Any, Any]:
             return self._placed(handlers.opened(request), keep=True)

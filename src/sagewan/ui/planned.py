@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from sagewan.errors import SagewanError
 from sagewan.pipeline.draft import draft_plan
 from sagewan.plan.hardware import GIB, Hardware
-from sagewan.plan.modes import MODES, fitting_preset
+from sagewan.plan.modes import AUTO, MODES, fitting_preset
 from sagewan.plan.plan import Plan
-from sagewan.plan.request import Request
+from sagewan.plan.request import QUANTIZATIONS, Request
 from sagewan.ui.words import Words
 
 
@@ -69,6 +69,33 @@ def _mode_here(request: Request, hardware: Hardware, words: Words) -> ModeHere:
     return ModeHere(name=name, use=words(f"mode.{name}"), formats=formats, runs=runs, why=why)
 
 
+def quantizations_here(request: Request, hardware: Hardware, words: Words) -> list[ModeHere]:
+    """Every quantization with what this machine would make of the chosen model's weights."""
+    plain = replace(request, attention=None, attention_ends=None, attention_keep_layers=())
+    kinds = (kind for kind in QUANTIZATIONS if kind != AUTO)
+    return [
+        _quantization_here(replace(plain, quantization=kind), hardware, words) for kind in kinds
+    ]
+
+
+def _quantization_here(request: Request, hardware: Hardware, words: Words) -> ModeHere:
+    name, formats, runs = str(request.quantization), "", None
+    try:
+        plan = draft_plan(replace(request, strict=False), hardware)
+    except SagewanError as error:
+        why: str | None = words.sentence(str(error))
+    else:
+        weights, main = plan.weights, plan.weights.main
+        gib = f"{weights.bytes / GIB:.2f} GiB"
+        formats = f"{gib} · {main.name} ({words.format(main.compute)})" if main else gib
+        unpacked = main is not None and not main.low
+        runs = words("quantization.unpacked") if unpacked else name
+        reasons = dict.fromkeys(refusal.sentence(words.language) for _, refusal in weights.refused)
+        why = words.joined(reasons) if unpacked and reasons else None
+    use = words(f"quantization.{name}")
+    return ModeHere(name=name, use=use, formats=formats, runs=runs, why=why)
+
+
 def plan_view(plan: Plan, words: Words) -> PlanView:
     """What would run, and what it needs."""
     total = plan.device.memory_free or plan.device.memory_total
@@ -112,6 +139,7 @@ def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
     lines = [
         (words("plan.attention"), f"{row.mode}{emulated}"),
         (words("plan.by"), row.name),
+        (words("plan.weights_as"), plan.weights.format or plan.dtype),
         (words("plan.video"), f"{plan.size[0]}×{plan.size[1]}{grid}"),
         (words("plan.length"), words("plan.frames_at", count=plan.frames, fps=plan.fps)),
         (words("plan.steps"), f"{steps.count} · {steps.scheduler} · {guidance}"),

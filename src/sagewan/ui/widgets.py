@@ -8,7 +8,7 @@ import gradio as gr
 from sagewan.pipeline.probe import probe
 from sagewan.plan.models import Sampling
 from sagewan.plan.modes import AUTO, MODES, PRESETS
-from sagewan.plan.request import SCHEDULERS
+from sagewan.plan.request import QUANTIZATIONS, SCHEDULERS
 from sagewan.ui.found import lora_paths, model_choices
 from sagewan.ui.planned import preset_here
 from sagewan.ui.words import Words
@@ -117,6 +117,7 @@ _MAKE: Mapping[str, Callable[[Words, dict[str, Any]], Any]] = {
     "attention_ends.first": _text(),
     "attention_ends.last": _text(),
     "attention_keep_layers": _text(),
+    "quantization": _choice(_named(*QUANTIZATIONS)),
     "lora": _loras,
     "lora.strength": _text(),
     "steps": _text(),

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from sagewan.pipeline.build import Components, build
 from tests.checkpoint import part_writers
 from tests.checkpoint.trees import comfyui, wan_ai, weights
 from tests.checkpoint.writers import kijai, original
+from tests.pipeline.runs import plain_plan
 
 Folder = Callable[[str], Path]
 ONE = ("wan_14B_t2v.safetensors",)
@@ -38,9 +38,7 @@ def no_models_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def components(path: Path) -> Components:
-    return build(
-        SimpleNamespace(model=find_model(str(path)), dtype="float32", loras=()), Launcher()
-    )
+    return build(plain_plan(find_model(str(path))), Launcher())
 
 
 def same_weights(found: Components, expected: Components, *, transformers: bool = True) -> None:

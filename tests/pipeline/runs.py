@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from sagewan.pipeline.pictures import load_picture
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Hardware
+from sagewan.plan.lora import LoraFile
+from sagewan.plan.models import Model
 from sagewan.plan.plan import Plan, make_plan
 from sagewan.plan.request import Request
 from tests.machines import machine
@@ -38,6 +41,15 @@ def plan_for(folder: Path, hardware: Hardware | None = None, **changes: Any) -> 
     }
     request = Request(**settings | changes)
     return make_plan(request, find_model(str(folder)), hardware or machine(), Evidence())
+
+
+def plain_plan(
+    model: Model, dtype: str = "float32", loras: tuple[LoraFile, ...] = ()
+) -> SimpleNamespace:
+    """As much of a plan as the building of components asks for."""
+    weights = SimpleNamespace(format=None, unpacks=False, quantises=lambda name: False)
+    device = SimpleNamespace(torch_name="cpu")
+    return SimpleNamespace(model=model, dtype=dtype, loras=loras, weights=weights, device=device)
 
 
 def latents_of(plan: Plan, launcher: Launcher | None = None) -> torch.Tensor:

@@ -2,7 +2,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,20 +15,11 @@ from sagewan.errors import CheckpointError
 from sagewan.pipeline.build import Components, build
 from sagewan.pipeline.session import Part, Session
 from sagewan.plan.lora import Lora, LoraFile
-from sagewan.plan.models import PUBLISHED, Model
+from sagewan.plan.models import PUBLISHED
 from tests.loras import pairs, write
-from tests.pipeline.runs import plan_for
+from tests.pipeline.runs import plain_plan, plan_for
 
 Folder = Callable[[str], Path]
-
-
-def plain_plan(
-    model: Model, dtype: str = "float32", loras: tuple[LoraFile, ...] = ()
-) -> SimpleNamespace:
-    """As much of a plan as the building of components asks for."""
-    weights = SimpleNamespace(format=None, unpacks=False, quantises=lambda name: False)
-    device = SimpleNamespace(torch_name="cpu")
-    return SimpleNamespace(model=model, dtype=dtype, loras=loras, weights=weights, device=device)
 
 
 def components(folder: Path, dtype: str = "float32") -> Components:

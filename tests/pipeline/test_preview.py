@@ -18,7 +18,7 @@ Folder = Callable[[str], Path]
 def test_colours_of_pictures_it_never_saw_come_back() -> None:
     location = find_model("demo").location
     assert location is not None
-    vae = _vae(location)
+    vae = _vae(location / "vae")
     colours = fit_colours(vae, 16)
     ramp = torch.linspace(0, 1, 128)
     unseen = torch.stack(

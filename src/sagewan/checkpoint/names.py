@@ -79,6 +79,23 @@ def _renamed(name: str, table: Mapping[str, str]) -> str | None:
     return f"{table[module]}.{parameter}" if module in table else None
 
 
+def original_transformer_name(name: str) -> str:
+    """The name in Wan's own code of a weight that diffusers names so."""
+    block = _LAYER.fullmatch(name)
+    if block is None:
+        return _renamed(name, _inverse(_TRANSFORMER)) or name
+    attention, _, rest = block[2].partition(".")
+    for own, theirs in _ATTENTIONS.items():
+        if attention == theirs:
+            inner = _renamed(rest, _inverse(_ATTENTION))
+            return f"blocks.{block[1]}.{own}.{inner}"
+    return f"blocks.{block[1]}.{_renamed(block[2], _inverse(_BLOCK)) or block[2]}"
+
+
+def _inverse(table: Mapping[str, str]) -> Mapping[str, str]:
+    return {new: old for old, new in table.items()}
+
+
 # -- the VAE ---------------------------------------------------------------------------------------
 
 _RESIDUAL: Mapping[str, str] = {

@@ -61,7 +61,8 @@ def fill(
     wanted = {name.removeprefix(_CLIP_PREFIX): name for name, _ in module.named_parameters()}
     same = {name: first for name, first in SAME.items() if name in wanted and first in wanted}
     names = {name: full for name, full in wanted.items() if name not in same}
-    check_whole(source, {name: module.get_parameter(full).shape for name, full in names.items()})
+    shapes = {name: module.get_parameter(full).shape for name, full in names.items()}
+    check_whole(source, shapes)
     packing = packing or Packing()
     for done, (name, full) in enumerate(names.items(), start=1):
         kind = torch.float32 if any(part in name.split(".") for part in kept) else dtype
@@ -71,7 +72,7 @@ def fill(
             module.set_submodule(layer, QuantLinear(found, None, kind))
         else:
             # Some layouts have sides of 1 that others have not.
-            weight = found.to(kind).view(module.get_parameter(full).shape)
+            weight = found.to(kind).view(shapes[name])
             _place(module, full, nn.Parameter(weight, requires_grad=False))
         packing.told(done, len(names))
     for name, first in same.items():

@@ -4,12 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sagewan.checkpoint.infer import config_of, main_format
 from sagewan.checkpoint.names import transformer_name
 from sagewan.checkpoint.packed import Packed, unpack
 from sagewan.checkpoint.source import Source, open_source
+from sagewan.errors import CheckpointError
 from tests import shrunken
 from tests.checkpoint.writers import WRITERS, is_quantised, original_name
 from tests.published import TRANSFORMERS
@@ -82,10 +84,32 @@ def test_reading_maps_pages_and_leaves_the_file_alone(
     before = file.read_bytes()
     source = open_source(folder, "transformer")
     name = "blocks.0.attn1.to_q.weight"
-    weight = source.read(name)
+    weight, again = source.read(name), source.read(name)
     assert isinstance(weight, Tensor)
-    again = source.read(name)
     assert isinstance(again, Tensor)
     assert weight.data_ptr() == again.data_ptr(), "one mapping, no copies"
     weight.zero_()
     assert file.read_bytes() == before
+
+
+def test_a_large_file_is_mapped_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sagewan.checkpoint.tensors._WINDOW", 100_000)
+    state = state_of("wan2.1-t2v-1.3b")
+    means = WRITERS["kijai.safetensors"][1](state, tmp_path / "a.safetensors")
+    source = open_source(tmp_path / "a.safetensors", "transformer")
+    read = {name: source.read(name) for name in source.entries}
+    (file,) = source.files
+    assert 5 < len(file._mapped) < len(read), "fewer than tensors, which are limited by handles"
+    assert all(torch.equal(numbers(source, name), means[name]) for name in means)
+
+
+@pytest.mark.parametrize("at", [0, 100, 255])
+def test_one_wrong_scale_among_many_is_found(at: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    WRITERS["lightx2v_fp8.safetensors"][1](state_of("wan2.1-t2v-1.3b"), path)
+    for value in (0.0, float("nan"), float("inf"), -1e-3, 1e9):
+        found = load_file(path)
+        found["blocks.1.self_attn.o.weight_scale"][at] = value
+        save_file(found, tmp_path / "bad.safetensors")
+        with pytest.raises(CheckpointError, match=r"blocks\.1\.self_attn\.o\.weight is"):
+            open_source(tmp_path / "bad.safetensors", "transformer")

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sagewan.checkpoint.tensors import ITEM_BYTES, Stored, TensorFile
+from sagewan.checkpoint.tensors import ITEM_BYTES, Stored, TensorFile, check_name, told
 from sagewan.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def _check_pickle(path: Path) -> None:
     for name in named:
         if name not in _ALLOWED and not (name.startswith("torch ") and name.endswith(_STORAGES)):
             raise CheckpointError(
-                f"{path} would run code when opened ({name.replace(' ', '.')}), so it was not: "
-                "fetch the safetensors file of this model"
+                f"{path} would run code when opened ({told(name.replace(' ', '.'))}), so it was "
+                "not: fetch the safetensors file of this model"
             )
 
 
@@ -117,7 +117,7 @@ def _state_dict(loaded: Any, path: Path) -> "dict[str, torch.Tensor]":
     if isinstance(loaded, dict):
         nested = next((loaded[key] for key in _NESTED if isinstance(loaded.get(key), dict)), loaded)
         tensors = {
-            str(name): tensor.detach()
+            check_name(str(name), path): tensor.detach()
             for name, tensor in nested.items()
             if isinstance(tensor, torch.Tensor)
             and str(tensor.dtype).removeprefix("torch.") in ITEM_BYTES

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sagewan.checkpoint.tensors import Stored, TensorFile, check_places
+from sagewan.checkpoint.tensors import Stored, TensorFile, check_name, check_places, told
 from sagewan.errors import CheckpointError
 
 # Number → name, numbers in a block, bytes of a block; those the program unpacks.
@@ -90,10 +90,10 @@ def read_gguf(path: Path) -> TensorFile:
     described = [reader.tensor() for _ in range(count)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
-        raise CheckpointError(f"{path}: its alignment is {alignment!r}: fetch it again")
+        raise CheckpointError(f"{path}: its alignment is {told(alignment)}: fetch it again")
     begin = -(-reader.at // alignment) * alignment
     for name, kind, sides, offset in described:
-        if name in file.tensors:
+        if check_name(name, path) in file.tensors:
             raise CheckpointError(f"{path} holds {name} twice, so it is damaged: fetch it again")
         file.tensors[name] = _stored(file, name, kind, sides, begin + offset)
     check_places(file, begin)
@@ -133,7 +133,7 @@ def _original_shape(file: TensorFile, name: str, shape: tuple[int, ...]) -> tupl
         raise CheckpointError(f"{file.path}: {_SHAPES}{name} is no shape: fetch it again")
     if math.prod(original) != math.prod(shape):
         raise CheckpointError(
-            f"{file.path}: {name} has the shape {list(shape)} and is said to be {original}: "
+            f"{file.path}: {name} has the shape {list(shape)} and is said to be {told(original)}: "
             "the file is damaged; fetch it again"
         )
     return tuple(original)
@@ -143,8 +143,8 @@ def _check_architecture(metadata: Mapping[str, Any], path: Path) -> None:
     architecture = metadata.get("general.architecture", "")
     if architecture not in _ARCHITECTURES:
         raise CheckpointError(
-            f"{path} is a GGUF file of the architecture {architecture!r}, not of Wan: choose a Wan "
-            "model"
+            f"{path} is a GGUF file of the architecture {told(architecture)}, not of Wan: choose a "
+            "Wan model"
         )
 
 

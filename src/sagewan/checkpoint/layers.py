@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sagewan.checkpoint.tensors import Stored
+from sagewan.checkpoint.tensors import Stored, told
 from sagewan.errors import CheckpointError
 
 FP8 = ("float8_e4m3fn", "float8_e5m2")
+_FLOATS = ("float32", "float16", "bfloat16")
 MARKER = "scaled_fp8"
 _METADATA = "_quantization_metadata"
 
@@ -186,7 +187,7 @@ def _comfy_format(stored: Stored, settings: Mapping[str, Any], module: str, laye
     name = settings.get("format")
     others = [key for key, value in settings.items() if key not in _HARMLESS and value]
     if name not in _COMFY_FORMATS or others:
-        what = f"{name} with {others[0]}" if others else repr(name)
+        what = f"{told(name)} with {told(others[0])}" if others else told(name)
         raise CheckpointError(
             f"{layers.path}: {module} is quantised as {what}, and this version reads "
             f"{', '.join(_COMFY_FORMATS)}: choose a file in one of these"
@@ -223,6 +224,10 @@ def _complaints(weight: Weight, layers: _Layers) -> Iterator[str]:
         yield f"has a scale and is not quantised ({weight.data.dtype})"
     if scale is not None:
         yield from _scale_complaints(weight, scale)
+    before = weight.beside.get("pre_quant_scale")
+    inputs = weight.shape[-1:]
+    if before and (before.dtype not in _FLOATS or (_elements(before.shape),) != inputs):
+        yield f"has a pre_quant_scale of shape {list(before.shape)}, which fits none of its inputs"
 
 
 # Embeddings are looked up, not multiplied: they have no scales even in files that have.
@@ -247,7 +252,7 @@ def _scale_complaints(weight: Weight, scale: Stored) -> Iterator[str]:
                 f"has scales of shape {list(scale.shape)} ({scale.dtype}), and {weight.format} "
                 f"takes {list(padded)} ({dtypes[-1]})"
             )
-    elif scale.dtype not in ("float32", "float16", "bfloat16"):
+    elif scale.dtype not in _FLOATS:
         yield f"has scales in {scale.dtype}, which are no scales"
     elif _elements(scale.shape) != 1 and scale.shape not in ((rows,), (rows, 1)):
         yield f"has scales of shape {list(scale.shape)}, which fit none of its {rows} rows"
@@ -295,7 +300,9 @@ def _from_metadata(
         raise CheckpointError(f"{path}: {_METADATA} names no layers: fetch it again")
     for module, settings in layers.items():
         if not isinstance(settings, dict):
-            raise CheckpointError(f"{path}: {_METADATA} says nothing of {module}: fetch it again")
+            raise CheckpointError(
+                f"{path}: {_METADATA} says nothing of {told(module)}: fetch it again"
+            )
         yield module, settings
 
 

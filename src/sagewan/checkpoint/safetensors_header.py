@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sagewan.checkpoint.tensors import ITEM_BYTES, Stored, TensorFile, check_places
+from sagewan.checkpoint.tensors import (
+    ITEM_BYTES,
+    Stored,
+    TensorFile,
+    check_name,
+    check_places,
+    told,
+)
 from sagewan.errors import CheckpointError
 
 # The format's own limit on its header, in bytes.
@@ -44,7 +51,8 @@ def read_safetensors(path: Path) -> TensorFile:
         found = json.loads(text, object_pairs_hook=_unrepeated)
     except _Repeated as error:
         raise CheckpointError(
-            f"{path}: {error} stands twice in the header, so the file is damaged: fetch it again"
+            f"{path}: {told(str(error))} stands twice in the header, so the file is damaged: "
+            "fetch it again"
         ) from None
     except (ValueError, RecursionError):
         found = None
@@ -55,6 +63,7 @@ def read_safetensors(path: Path) -> TensorFile:
         raise CheckpointError(f"{path} has a broken header: its metadata is no list of texts")
     file = TensorFile(path, "safetensors", metadata)
     for name, place in found.items():
+        check_name(name, path)
         file.tensors[name] = _stored(file, name, place, begin)
     check_places(file, begin)
     _refuse_excess(file, begin)
@@ -90,7 +99,7 @@ def _stored(file: TensorFile, name: str, place: object, begin: int) -> Stored:
     dtype = place.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(
-            f"{file.path}: {name} has the number format {dtype!r}, which this version does not "
+            f"{file.path}: {name} has the number format {told(dtype)}, which this version does not "
             "read: update sagewan, or choose another file"
         )
     shape, offsets = _counts(place.get("shape")), _counts(place.get("data_offsets"))

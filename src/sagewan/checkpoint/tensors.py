@@ -16,6 +16,10 @@ from sagewan.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+_WINDOW = 1 << 30
+_MAX_NAME = 300
+_TOLD = 80
+
 # Bytes of one element, by torch's names.
 ITEM_BYTES: Mapping[str, int] = {
     "float64": 8,
@@ -65,6 +69,7 @@ class TensorFile:
     container: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     tensors: dict[str, Stored] = field(default_factory=dict)
+    _mapped: dict[int, mmap.mmap] = field(default_factory=dict, init=False, repr=False)
 
     def head(self, stored: Stored, count: int) -> bytes:
         return self._map[stored.offset : stored.offset + count]
@@ -75,8 +80,12 @@ class TensorFile:
         packed = stored.dtype.startswith("gguf:")
         dtype = torch.uint8 if packed else getattr(torch, stored.dtype)
         shape = (*stored.shape[:-1], -1) if packed else stored.shape
-        data = torch.empty(0, dtype=torch.uint8)
-        data.set_(self._storage, stored.offset, (stored.nbytes,), (1,))
+        if not stored.nbytes:
+            return torch.empty(stored.shape, dtype=dtype)
+        window, begin = self._window(stored)
+        data = torch.frombuffer(
+            window, dtype=torch.uint8, count=stored.nbytes, offset=stored.offset - begin
+        )
         if stored.offset % dtype.itemsize:
             data = data.clone()  # torch views no numbers that begin at an odd address
         viewed: torch.Tensor = data.view(dtype).view(shape)
@@ -87,13 +96,33 @@ class TensorFile:
         with self.path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    @cached_property
-    def _storage(self) -> Any:
-        import torch
+    def _window(self, stored: Stored) -> tuple[mmap.mmap, int]:
+        """The mapped part of the file that a tensor lies in, and where that part begins."""
+        begin, end = self._windows[stored.offset]
+        if begin not in self._mapped:
+            with self.path.open("rb") as file:
+                # Private pages: nothing that is done to a tensor reaches the file.
+                self._mapped[begin] = mmap.mmap(
+                    file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin
+                )
+        return self._mapped[begin], begin
 
-        size = self.path.stat().st_size
-        # Private pages: nothing that is done to a tensor reaches the file.
-        return torch.UntypedStorage.from_file(str(self.path), False, size)
+    @cached_property
+    def _windows(self) -> dict[int, tuple[int, int]]:
+        """Offset of each tensor → begin and end of its window. A file is mapped in parts of about
+        1 GiB: private pages of a whole file that is larger than memory would be refused, and each
+        tensor by itself would take a file handle of its own."""
+        found: dict[int, tuple[int, int]] = {}
+        group: list[Stored] = []
+        stored_by_place = sorted(self.tensors.values(), key=lambda stored: stored.offset)
+        for number, stored in enumerate(stored_by_place):
+            group.append(stored)
+            end = stored.offset + stored.nbytes
+            begin = group[0].offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            if end - begin >= _WINDOW or number == len(stored_by_place) - 1:
+                found |= dict.fromkeys((one.offset for one in group if one.nbytes), (begin, end))
+                group = []
+        return found
 
 
 def open_file(path: Path) -> TensorFile:
@@ -125,6 +154,21 @@ def all_tensors(files: Iterator[TensorFile] | list[TensorFile]) -> dict[str, Sto
                 )
             found[name] = stored
     return found
+
+
+def told(value: object) -> str:
+    """Whatever a file holds, as a sentence can: on one line, and not long."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= _TOLD else text[:_TOLD] + "…"
+
+
+def check_name(name: str, path: Path) -> str:
+    """The name of a tensor; CheckpointError if it is none that a person or a program would give."""
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise CheckpointError(
+            f"{path} has a broken header: it names a tensor {told(name)}; fetch it again"
+        )
+    return name
 
 
 def check_places(file: TensorFile, begin: int, what: str = "its download is not complete") -> None:

@@ -24,6 +24,12 @@ check: .venv/ready
 package: .venv/ready
 	tools/check_package.sh
 
+# A browser for the tests of the app, from Debian or Ubuntu; without one they are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+	    >/dev/null 2>&1 || echo "no chromium could be installed: the browser tests are skipped"; }
+
 gpu: .venv/ready
 	$(BIN)/pytest -m gpu
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -118,7 +119,10 @@ def serve(address: Address, app_of: Callable[[], object], ready: Callable[[], No
     worker = Worker(default_path().parent / "worker.log")
     server = Server(config)
     worker.start()
+    # uvicorn ends in order and then raises the signal again, which must not skip the worker's end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        server.run()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
     finally:
         worker.stop()

@@ -37,6 +37,7 @@ def make_app(site: Site) -> FastAPI:
     """The whole application, for uvicorn."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.get("/")(_home)
+    app.get("/favicon.ico")(_icon)
     app.get("/language/{language}")(_choose_language)
     app.get("/fragment/{language}/{kind}")(_fragment)
     app.get("/preview/{job}")(_preview)
@@ -76,7 +77,6 @@ def _head(language: str) -> str:
         f"<script>document.documentElement.lang='{language}';"
         f"for(const[k,v]of Object.entries({{language:'{code}',languages:['{code}']}}))"
         "Object.defineProperty(navigator,k,{get:()=>v});</script>"
-        '<link rel="icon" href="data:,">'
     )
 
 
@@ -94,6 +94,10 @@ def _home(request: Request) -> Response:
     if chosen not in LANGUAGES:
         chosen = language_of(request.headers.get("accept-language", ""))
     return RedirectResponse(f"/{chosen}/")
+
+
+def _icon() -> Response:
+    return Response(static("icon.svg"), media_type="image/svg+xml")
 
 
 def _choose_language(language: str) -> Response:

@@ -221,6 +221,12 @@ def test_the_published_names_of_clip_and_umt5_are_read(
         ("text_encoder", "config.json", "num_layers", "x"),
         ("image_encoder", "config.json", "hidden_size", "x"),
         ("image_processor", "preprocessor_config.json", "size", "x"),
+        ("image_processor", "preprocessor_config.json", "size", None),
+        ("image_processor", "preprocessor_config.json", "crop_size", None),
+        ("image_processor", "preprocessor_config.json", "image_mean", "x"),
+        ("image_processor", "preprocessor_config.json", "image_std", [None]),
+        ("image_processor", "preprocessor_config.json", "rescale_factor", "x"),
+        ("image_processor", "preprocessor_config.json", "resample", -1),
     ],
 )
 def test_values_of_a_wrong_type_are_one_sentence(
@@ -237,6 +243,31 @@ def test_values_of_a_wrong_type_are_one_sentence(
 
     with pytest.raises(CheckpointError, match=f"{part} can't be read .*: fetch it again") as error:
         load()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "key", "value", "sentence"),
+    [
+        ("vae", "config.json", "patch_size", "x", "patch_size is 'x'"),
+        ("vae", "config.json", "patch_size", [1, 2], r"patch_size is \[1, 2\]"),
+        ("vae", "config.json", "patch_size", 0, "patch_size is 0"),
+        ("vae", "config.json", "patch_size", 3, "its layers make 24"),
+        ("vae", "config.json", "scale_factor_spatial", 3, "is 3, and its layers make 8"),
+        ("vae", "config.json", "scale_factor_temporal", True, "its layers make 4"),
+        ("vae", "config.json", "latents_std", [1.0], "1 numbers for 16"),
+        ("vae", "config.json", "latents_mean", ["x"] * 16, "no list of numbers"),
+        ("image_processor", "preprocessor_config.json", "crop_size", 3, "pictures become"),
+        ("image_processor", "preprocessor_config.json", "image_std", 0, "finite numbers"),
+    ],
+)
+def test_settings_that_would_fail_in_the_middle_of_a_run(
+    part: str, file: str, key: str, value: object, sentence: str, copied: Path
+) -> None:
+    path = copied / part / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(CheckpointError, match=sentence) as error, components(copied).vae.on("cpu"):
+        pass
     assert "\n" not in str(error.value)
 
 

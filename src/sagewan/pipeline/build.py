@@ -24,7 +24,6 @@ from sagewan.model.attention import Attention
 from sagewan.model.linear import Multiplier
 from sagewan.pipeline.fill import (
     Packing,
-    check_statistics,
     damage_told,
     empty,
     fill,
@@ -32,6 +31,7 @@ from sagewan.pipeline.fill import (
 )
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.session import Part, Session
+from sagewan.pipeline.settings import check_processor, check_vae
 from sagewan.plan.lora import LoraFile
 from sagewan.plan.plan import Plan
 
@@ -96,7 +96,9 @@ def build(
             for index, name in enumerate(names)
         ),
         image_encoder=shelf.part("image_encoder", _image_encoder) if with_picture else None,
-        image_processor=_image_processor(parts.get("image_processor")) if with_picture else None,
+        image_processor=_image_processor(parts.get("image_processor"), parts["image_encoder"])
+        if with_picture
+        else None,
         attention=Attention(launcher),
         multiplier=Multiplier(),
     )
@@ -166,7 +168,7 @@ def _vae(path: Path) -> Any:
     source = open_source(path, VAE)
     with damage_told(path):
         vae = empty(lambda: AutoencoderKLWan.from_config(config_of(source)))
-        check_statistics(vae.config, path)
+        check_vae(vae.config, path)
     return fill(vae, source, torch.float32)
 
 
@@ -195,14 +197,17 @@ def _tokenizer(path: Path) -> Any:
         return load_tokenizer(path)
 
 
-def _image_processor(path: Path | None) -> Any:
-    """The one of a folder; without one, CLIP's own settings, which are those of Wan's."""
+def _image_processor(path: Path | None, encoder: Path) -> Any:
+    """The one of a folder; without one, CLIP's own settings, which are those of Wan's. Tried on a
+    picture that is made of what the encoder at the other path takes."""
     import transformers
 
     # Newer releases have two, and the one on Pillow needs no torchvision.
     pillow = hasattr(transformers, "CLIPImageProcessorPil")
     processor = getattr(transformers, "CLIPImageProcessorPil" if pillow else "CLIPImageProcessor")
-    if path is None:
-        return processor()
-    with damage_told(path):
-        return processor.from_pretrained(path, local_files_only=True)
+    with damage_told(path or encoder):
+        made = (
+            processor() if path is None else processor.from_pretrained(path, local_files_only=True)
+        )
+        check_processor(made, config_of(open_source(encoder, IMAGE_ENCODER))["image_size"], path)
+    return made

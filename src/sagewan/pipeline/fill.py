@@ -1,7 +1,6 @@
 """A model that is made without memory, and filled with the weights of its files one by one."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,23 +100,6 @@ def _packed(
 def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(module.get_submodule(owner), attribute, parameter)
-
-
-def check_statistics(config: Mapping[str, Any], path: Path) -> None:
-    """CheckpointError unless a VAE's config gives the mean and deviation of every channel."""
-    for name in ("latents_mean", "latents_std"):
-        values = config[name]
-        if not isinstance(values, list | tuple) or not all(map(_is_number, values)):
-            raise CheckpointError(f"{path}: {name} is no list of numbers: fetch its config again")
-        if len(values) != config["z_dim"]:
-            raise CheckpointError(
-                f"{path}: {name} has {len(values)} numbers for {config['z_dim']} channels: "
-                "fetch its config again"
-            )
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -127,7 +127,8 @@ def build(launch: Launch, sm: int) -> Built:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        known = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (known and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[index,] = _TYPES[value.dtype], _DIVISIBLE
@@ -136,7 +137,7 @@ def build(launch: Launch, sm: int) -> Built:
         else:
             assert type(value) is int, (name, value)
             signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
+            if known and value % 16 == 0:
                 attributes[index,] = _DIVISIBLE
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {

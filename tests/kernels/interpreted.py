@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
+from benchmarks.prove import prove
 from sagewan.errors import ShapeError
 from sagewan.kernels import fp4_attention, fp8_attention, int8_attention, prepare, prepare_fp4
+from sagewan.plan.catalogue import row_named
 from sagewan.reference import emulation, formats
 from sagewan.reference.attention import attention_with_lse, relative_error
 
@@ -371,3 +373,33 @@ def test_operators_are_what_they_declare(mode: str) -> None:
         operator = getattr(torch.ops.sagewan, name)
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(operator, (*inputs, None), test_utils=tests)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_problems_are_right(mode: str) -> None:
+    """A few of those that ``benchmarks/prove.py`` runs by the thousand on a GPU."""
+    row = row_named(f"sagewan.{mode}")
+    wrong = [one for one in prove(row, range(1, 10), "cpu", small=True) if one.wrong]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("fault", ["scale", "last key"])
+def test_random_problems_show_a_planted_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = int8_attention.attend
+
+    def wrong(prepared: Any, **options: Any) -> Any:
+        if fault == "scale":
+            prepared = replace(prepared, v=1.1 * prepared.v)
+        elif prepared.keys > 1:
+            prepared = replace(prepared, keys=prepared.keys - 1)
+        return right(prepared, **options)
+
+    def faulty(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        with_lse = options.get("return_lse", False)
+        scale = options.get("scale")
+        prepared = int8_attention.prepare_sageattn_3(q, k, v, scale=scale, with_lse=with_lse)
+        return wrong(prepared, return_lse=with_lse)
+
+    monkeypatch.setattr(int8_attention, "sageattn_3", faulty)
+    row = row_named("sagewan.sageattn_3")
+    assert any(one.wrong for one in prove(row, range(1, 6), "cpu", small=True))

@@ -9,6 +9,8 @@ import pytest
 
 
 @pytest.mark.parametrize("file", ["interpreted.py", "interpreted_linear.py"])
+# A minute of two idle cores; the limit is for busy ones.
+@pytest.mark.timeout(900)
 def test_kernels_under_the_interpreter(file: str) -> None:
     here = Path(__file__).parent
     done = subprocess.run(

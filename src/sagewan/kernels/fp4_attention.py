@@ -27,7 +27,7 @@ from sagewan.kernels.int8_attention import (
     store_output,
 )
 from sagewan.kernels.key_blocks import BLOCK, key_of, walk
-from sagewan.kernels.launch import Tile, check, compute_capability, launch, strided
+from sagewan.kernels.launch import VARYING, Tile, check, compute_capability, launch, strided
 from sagewan.kernels.operators import operator
 from sagewan.kernels.prepare import mean
 from sagewan.kernels.prepare_fp4 import (
@@ -222,7 +222,7 @@ def _step(
     return acc, total, highest, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*VARYING, "first_block", "correction_blocks"))
 def _kernel(
     q, q_scales, q_scale,  # [B·H, N', D'/2], [B·H, N', D'/16] uint8, [B·H, N'/128]
     q_dots,  # [B·H, N'] or None

@@ -26,6 +26,7 @@ from sagewan.kernels.int8_attention import (
 )
 from sagewan.kernels.key_blocks import BLOCK, key_of, walk
 from sagewan.kernels.launch import (
+    VARYING,
     Tile,
     block_of,
     check,
@@ -173,7 +174,7 @@ def _step(
     return acc * rescale[:, None] + added, total, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _kernel(
     q, q_scale, q_dots,  # [B·H, N', D'] int8, [B·H, N'], [B·H, N'] or None
     k, k_scale, k_bias,  # [B·Hk, M', D'] int8, [B·Hk, M'], [B·H, M']

@@ -17,6 +17,7 @@ from torch import Tensor
 from sagewan.errors import ShapeError
 from sagewan.kernels.key_blocks import BLOCK, NO_BLOCKS, key_blocks, key_of, walk
 from sagewan.kernels.launch import (
+    VARYING,
     Tile,
     block_of,
     check,
@@ -293,7 +294,7 @@ def _step(
     return acc, total * rescale + tl.sum(p, 1), above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _kernel(
     q, q_scale, q_dots,  # [B·H, N', D'] int8, [B·H, N'], [B·H, N'] or None
     k, k_scale, k_bias,  # [B·Hk, M', D'] int8, [B·Hk, M'], [B·H, M'] or None

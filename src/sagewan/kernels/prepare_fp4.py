@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sagewan.kernels.fp4 import nvfp4, power_of_two_scale
-from sagewan.kernels.launch import Schedule, block_of, compute_capability, launch, strided
+from sagewan.kernels.launch import VARYING, Schedule, block_of, compute_capability, launch, strided
 from sagewan.kernels.prepare import largest, load_rows
 from sagewan.kernels.prepared import PADDING, Fp4Columns, Fp4Rows, Smoothing
 
@@ -164,7 +164,7 @@ def corrections(smoothing: Smoothing, first: int, count: int) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _rows_kernel(
     x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
     means,  # [B·H, N'/128, D'] float32, or None: Q's, whose means are taken from it
@@ -219,7 +219,7 @@ def _rows_kernel(
         tl.store(scales + at[:, None] * (BLOCK_D // 16) + groups[None, :], codes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _columns_kernel(
     v, v_b, v_h, v_n, v_d,  # [B, Hk, M, D]
     data,  # [B·Hk, D', M'/2] uint8
@@ -241,7 +241,7 @@ def _columns_kernel(
     tl.store(scales + place[:, None] * (padded // 16) + groups[None, :], codes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*VARYING, "first", "blocks"))
 def _corrections_kernel(
     means,  # [B·H, N'/128, D'] float32
     k, k_b, k_h, k_n, k_d,  # [B, Hk, M, D]

@@ -26,7 +26,7 @@ class Flag:
 FLAGS: Mapping[str, Flag] = {
     "prompt": Flag("PROMPT", "what the video should show, in English or Chinese"),
     "negative": Flag("TEXT", "what it should not show (default: the model's own)"),
-    "model": Flag("MODEL", f"a diffusers folder, or {', '.join((DEMO, *PUBLISHED))}", "m"),
+    "model": Flag("MODEL", f"a folder, a file, or {', '.join((DEMO, *PUBLISHED))}", "m"),
     "image": Flag("FILE", "the first picture; cropped to the video's proportions", "i"),
     "last_image": Flag("FILE", "the last picture, for models that take it"),
     "output": Flag("FILE", "the video, an .mp4; replaced if it exists (sagewan.mp4)", "o"),

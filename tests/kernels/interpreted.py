@@ -403,3 +403,19 @@ def test_random_problems_show_a_planted_fault(fault: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(int8_attention, "sageattn_3", faulty)
     row = row_named("sagewan.sageattn_3")
     assert any(one.wrong for one in prove(row, range(1, 6), "cpu", small=True))
+
+
+@pytest.mark.parametrize("keys", [64, 130])
+def test_sums_in_float16_do_not_overflow(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As consumer cards add P·V: every probability and every value at its largest."""
+    monkeypatch.setattr(fp8_attention, "compute_capability", lambda _: 89)
+    q, k, _ = sample(5, keys, heads=1, key_heads=1)
+    v = torch.full_like(k, 60000.0)
+    v[..., ::2] *= -1
+    out = fp8_attention.sageattn_3_fp8(q, k[:, :, :1].expand_as(k), v)
+    assert relative_error(out, v[:, :, :5].double()) < 0.01
+    # One step of scaling more, and they do: the test can fail.
+    monkeypatch.setattr(fp8_attention, "HALF_SUM_V_MAX", 3.5)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = fp8_attention.sageattn_3_fp8(q, k[:, :, :1].expand_as(k), v)
+    assert not out.isfinite().all()

@@ -149,9 +149,8 @@ def test_other_head_sizes_fit_a_consumer_card(mode: str, head_dim: int) -> None:
         assert kernel.shared <= SHARED_MEMORY[sm], kernel.launch.name
 
 
-@pytest.mark.parametrize("sm", [100, 103])
-def test_fp4_takes_large_heads_on_datacentre_cards(sm: int) -> None:
-    *_, attention = built("sageattn_3_fp4", sm, head_dim=248)
+def test_fp4_takes_large_heads_on_datacentre_cards() -> None:
+    *_, attention = built("sageattn_3_fp4", 103, head_dim=248)
     assert all(map(is_nvfp4, attention.products()))
 
 

@@ -58,9 +58,10 @@ triton-versions: .venv/ready
 demo-weights: .venv/ready
 	PYTHONPATH=src PATH=$(CURDIR)/$(BIN):$$PATH demo/all.sh build
 
-# The pictures of the README, made by the commands it shows.
-docs: .venv/ready
+# The pictures of the README and of the app, made by the commands they show.
+docs: .venv/ready browser
 	$(BIN)/python tools/pictures.py docs/images/demo.png
+	PYTHONPATH=. $(BIN)/python tools/screenshots.py docs/images
 
 clean:
 	rm -rf .venv out dist build

@@ -7,6 +7,7 @@ that not everyone has. ``SAGEWAN_TORCH_INDEX`` overrides the choice; empty means
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -90,7 +91,14 @@ def set_up(folder: Path) -> Path:
     """Make the environment if it is not ready; return its Python."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ready = folder / "started"
+    made_for = fingerprint()
+    if ready.exists() and ready.read_text(encoding="utf-8") == made_for:
+        return python
     if ready.exists():
+        # A newer version of sagewan: torch stays, what is new is added.
+        print("Bringing this folder up to date …", flush=True)
+        subprocess.run(install_commands(python, None)[1], check=True)
+        ready.write_text(made_for, encoding="utf-8")
         return python
     index = os.environ.get("SAGEWAN_TORCH_INDEX")
     if index is None:
@@ -101,8 +109,14 @@ def set_up(folder: Path) -> Path:
     venv.create(folder, with_pip=True)
     for command in install_commands(python, index):
         subprocess.run(command, check=True)
-    ready.touch()
+    ready.write_text(made_for, encoding="utf-8")
     return python
+
+
+def fingerprint() -> str:
+    """What an environment was made for: another list of packages asks for another."""
+    texts = ((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    return hashlib.sha256(b"".join(texts)).hexdigest()
 
 
 def main(arguments: list[str]) -> int:
@@ -115,12 +129,11 @@ def main(arguments: list[str]) -> int:
     except subprocess.CalledProcessError as failure:
         print(f"Setting up failed (exit {failure.returncode}): {' '.join(failure.cmd)}")
         return 1
-    sagewan = [str(python), "-m", "sagewan"]
-    if arguments:
-        return subprocess.run([*sagewan, *arguments], check=False).returncode
-    subprocess.run([*sagewan, "doctor"], check=False)
-    demo = ["generate", "a red ball rolls to the right", "-o", "ball.mp4"]
-    return subprocess.run([*sagewan, *demo], check=False).returncode
+    command = [str(python), "-m", "sagewan", *(arguments or ["ui"])]
+    try:
+        return subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        return 0  # It went to the app as well, which has ended in order.
 
 
 if __name__ == "__main__":

@@ -61,6 +61,30 @@ def test_torch_comes_from_its_index_and_the_rest_from_pip() -> None:
     assert START["install_commands"](Path("python"), "")[0][-1] == "torch"
 
 
+def test_a_start_opens_the_app_and_a_newer_list_of_packages_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(START["venv"], "create", lambda folder, **_: folder.mkdir())
+    monkeypatch.setenv("SAGEWAN_VENV", str(tmp_path / "venv"))
+    monkeypatch.setenv("SAGEWAN_TORCH_INDEX", "cpu")
+    assert START["main"]([]) == 0
+    assert ran[-1][1:] == ["-m", "sagewan", "ui"]
+    assert len(ran) == 3
+    ran.clear()
+    assert START["main"](["doctor"]) == 0
+    assert [command[1:] for command in ran] == [["-m", "sagewan", "doctor"]]
+    (tmp_path / "venv" / "started").write_text("another")
+    START["main"]([])
+    assert ran[1][-2] == "-e"
+
+
 def test_a_machine_without_nvidia_smi_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: object, **__: object) -> None:
         raise FileNotFoundError

@@ -17,6 +17,7 @@ from sagewan.ui import uploads
 from sagewan.ui.door import owner_of
 from sagewan.ui.form import PARTS, names, request_of, values_of
 from sagewan.ui.uploads import kept_picture, uploads_folder
+from sagewan.ui.views import fallback_notes
 from sagewan.ui.words import Words
 
 # gradio leaves an event loop open for each page it makes: in a process of its own.
@@ -196,3 +197,14 @@ def test_parts_belong_to_fields() -> None:
 )
 def test_the_preset_for_a_card(gib: float, preset: str) -> None:
     assert fitting_preset(int(gib * 2**30)) == preset
+
+
+def test_a_chain_of_fallbacks_with_one_reason_is_one_sentence() -> None:
+    steps = [
+        {"from": "a", "to": "b", "why": "needs an NVIDIA GPU, and X is not one"},
+        {"from": "b", "to": "c", "why": "needs an NVIDIA GPU, and X is not one"},
+        {"from": "c", "to": "d", "why": "its result stopped being finite at step 3"},
+    ]
+    first, second = fallback_notes(steps, Words("en"))
+    assert first == "a gave way to c: needs an NVIDIA GPU, and X is not one"
+    assert second == "c gave way to d: its result stopped being finite at step 3"

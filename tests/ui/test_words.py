@@ -130,6 +130,12 @@ def test_a_translation_keeps_every_value() -> None:
         assert all(value in text for value in values), english
 
 
+def test_the_values_of_an_objection_are_translated_too() -> None:
+    values = {"needed": "10.0 or newer (Blackwell)", "device": "H100", "found": "9.0"}
+    said = Words("zh").sentence(Objection("compute-capability", values).sentence())
+    assert said == "需要计算能力 10.0 或更新（Blackwell），而 H100 是 9.0"
+
+
 def test_a_sentence_within_a_sentence_is_translated_too() -> None:
     text = "attention=flash_attn can't run here: needs an NVIDIA GPU, and X is not one "
     text += "(strict: no fallback)"

@@ -6,7 +6,7 @@ from typing import Any
 from sagewan.jobs.queue import Queue
 from sagewan.plan.hardware import GIB
 from sagewan.ui.templates import render
-from sagewan.ui.views import card, cards, current
+from sagewan.ui.views import card, cards, current, fallback_notes
 from sagewan.ui.words import Words
 
 _HEADS = ("name", "ran", "psnr", "ssim", "seconds", "step", "memory")
@@ -63,13 +63,5 @@ def _row(video: Mapping[str, Any], words: Words) -> list[str]:
 
 def _notes(videos: list[Mapping[str, Any]], words: Words) -> dict[str, None]:
     """Each fallback, once."""
-    return dict.fromkeys(
-        words(
-            "job.fallback",
-            source=step["from"],
-            target=step["to"],
-            why=words.sentence(step["why"]),
-        )
-        for video in videos
-        for step in video["fallbacks"]
-    )
+    steps = [fallback_notes(video["fallbacks"], words) for video in videos]
+    return dict.fromkeys(note for notes in steps for note in notes)

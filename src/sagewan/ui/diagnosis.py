@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from sagewan.plan.hardware import GIB
-from sagewan.plan.objection import Objection
 from sagewan.ui.words import Words
 
 
@@ -51,7 +50,7 @@ def _row(row: Mapping[str, Any], words: Words) -> dict[str, str]:
     objection = row["objection"]
     answer = words("doctor.passed")
     if objection:
-        answer = Objection(objection["code"], objection["values"]).sentence(words.language)
+        answer = words.sentence(objection["sentence"])
     return {
         "name": row["name"],
         "formats": f"{words.format(row['qk'])} / {words.format(row['pv'])}",

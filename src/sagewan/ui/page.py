@@ -178,7 +178,12 @@ class _Page:
             )
         }
         if "quantization" in field_types():
-            made = Widgets(words)("quantization", elem_id=f"slot-{number}-quantization", info=None)
+            made = Widgets(words)(
+                "quantization",
+                elem_id=f"slot-{number}-quantization",
+                info=None,
+                label=f"{title} · {words('field.quantization')}",
+            )
             slot["quantization"] = made
         slot["steps"] = gr.Textbox(
             label=f"{title} · {words('field.steps')}", elem_id=f"slot-{number}-steps"

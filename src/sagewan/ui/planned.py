@@ -1,13 +1,17 @@
 """The plan of what stands in the widgets, and what every mode would do here, for the templates."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sagewan.errors import SagewanError
 from sagewan.pipeline.draft import draft_plan
+from sagewan.plan.attention import Fallback
 from sagewan.plan.hardware import GIB, Hardware
 from sagewan.plan.modes import AUTO, MODES, fitting_preset
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import QUANTIZATIONS, Request
+from sagewan.plan.serialize import plan_to_json
+from sagewan.ui.views import fallback_notes
 from sagewan.ui.words import Words
 
 
@@ -62,11 +66,21 @@ def _mode_here(request: Request, hardware: Hardware, words: Words) -> ModeHere:
         why = words.sentence(str(error))
     else:
         runs = attention.main.mode
-        reasons = dict.fromkeys(step.why(words.language) for step in attention.fallbacks)
-        why = words.joined(reasons) or None
+        why = words.joined(_reasons(attention.fallbacks, words)) or None
     mode = MODES[name]
     formats = f"Q·Kᵀ {words.format(mode.qk)}, P·V {words.format(mode.pv)}"
     return ModeHere(name=name, use=words(f"mode.{name}"), formats=formats, runs=runs, why=why)
+
+
+def planned_steps(plan: Plan) -> list[dict[str, str]]:
+    """The fallbacks that a plan decided, as its JSON has them."""
+    return list(plan_to_json(plan)["attention"]["fallbacks"])
+
+
+def _reasons(fallbacks: Iterable[Fallback], words: Words) -> dict[str, None]:
+    """Why each implementation on the way did not serve; what several say, once."""
+    refusals = (refusal for step in fallbacks for _, refusal in step.objections)
+    return dict.fromkeys(words.sentence(refusal.sentence()) for refusal in refusals)
 
 
 def quantizations_here(request: Request, hardware: Hardware, words: Words) -> list[ModeHere]:
@@ -90,7 +104,9 @@ def _quantization_here(request: Request, hardware: Hardware, words: Words) -> Mo
         formats = f"{gib} · {main.name} ({words.format(main.compute)})" if main else gib
         unpacked = main is not None and not main.low
         runs = words("quantization.unpacked") if unpacked else name
-        reasons = dict.fromkeys(refusal.sentence(words.language) for _, refusal in weights.refused)
+        reasons = dict.fromkeys(
+            words.sentence(refusal.sentence()) for _, refusal in weights.refused
+        )
         why = words.joined(reasons) if unpacked and reasons else None
     use = words(f"quantization.{name}")
     return ModeHere(name=name, use=use, formats=formats, runs=runs, why=why)
@@ -111,19 +127,11 @@ def plan_view(plan: Plan, words: Words) -> PlanView:
         ),
         lines=tuple(_lines(plan, words)),
         notes=tuple(words.sentence(note) for note in plan.notes),
-        fallbacks=tuple(
-            words(
-                "job.fallback",
-                source=step.from_mode,
-                target=step.to_mode,
-                why=step.why(words.language),
-            )
-            for step in plan.attention.fallbacks
-        ),
+        fallbacks=tuple(fallback_notes(planned_steps(plan), words)),
         parts=((words("plan.weights"), weights / GIB, share),),
         memory=words(
             "plan.memory",
-            used=f"{weights / GIB:.1f}",
+            used=f"{weights / GIB:.2f}",
             free=f"{total / GIB:.1f}",
             device=plan.device.name,
         ),

@@ -1,7 +1,7 @@
 """Jobs and plans as the pages show them: plain values for the templates, in one language."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,16 +121,24 @@ def _notes(job: Job, words: Words) -> list[str]:
     steps = report.get("attention", {}).get("fallbacks")
     if steps is None:
         steps = plan.get("attention", {}).get("fallbacks", [])
-    notes = [
-        words(
-            "job.fallback",
-            source=step["from"],
-            target=step["to"],
-            why=words.sentence(step["why"]),
-        )
-        for step in steps
+    return [
+        *fallback_notes(steps, words),
+        *(words.sentence(note) for note in plan.get("notes", [])),
     ]
-    return [*notes, *(words.sentence(note) for note in plan.get("notes", []))]
+
+
+def fallback_notes(steps: Iterable[Mapping[str, Any]], words: Words) -> list[str]:
+    """Steps down as a report has them, each chain with one reason in one sentence."""
+    chains: list[list[str]] = []
+    for step in steps:
+        if chains and chains[-1][1:] == [step["from"], step["why"]]:
+            chains[-1][1] = step["to"]
+        else:
+            chains.append([step["from"], step["to"], step["why"]])
+    return [
+        words("job.fallback", source=source, target=target, why=words.sentence(why))
+        for source, target, why in chains
+    ]
 
 
 def _progress(events: Sequence[JobEvent], words: Words) -> Progress | None:

@@ -102,7 +102,7 @@ def test_a_fallback_is_said_with_its_reason(visit: Open) -> None:
     page.wait_for_selector("#sw-live video")
     said = page.inner_text("#sw-live")
     assert "ran sdpa" in said
-    assert re.search("sageattn gave way to sdpa: needs an NVIDIA GPU", said)
+    assert re.search("sageattn_3_fp4 gave way to sdpa: needs an NVIDIA GPU", said)
 
 
 def test_two_settings_are_compared(visit: Open) -> None:

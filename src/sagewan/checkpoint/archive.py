@@ -74,15 +74,34 @@ def open_archive(path: Path) -> TensorFile:
     return _Archive(path, _state_dict(loaded, path))
 
 
-def _check_pickle(path: Path) -> None:
+def is_archive(path: Path) -> bool:
+    """Whether a file begins as PyTorch's archives do."""
     try:
-        named = _named(_pickle(path))
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False  # whoever opens it says why it can't be
+
+
+def texts_in(path: Path) -> set[str]:
+    """Every text in an archive's pickle, the names of its tensors among them, without opening it:
+    quick, and needs no torch. CheckpointError if it is no archive."""
+    return {str(argument) for name, argument in _opcodes(path) if "UNICODE" in name}
+
+
+def _opcodes(path: Path) -> list[tuple[str, Any]]:
+    """What an archive's pickle would do, step by step; nothing of it is done."""
+    try:
+        return [(code.name, argument) for code, argument, _ in pickletools.genops(_pickle(path))]
     # zipfile and pickletools raise BadZipFile, ValueError, EOFError and others by the damage.
     except Exception as error:
         raise CheckpointError(
             f"{path} is a damaged archive, is cut short, or is none of PyTorch's: fetch it again"
         ) from error
-    for name in named:
+
+
+def _check_pickle(path: Path) -> None:
+    for name in _named(path):
         if name not in _ALLOWED and not (name.startswith("torch ") and name.endswith(_STORAGES)):
             raise CheckpointError(
                 f"{path} would run code when opened ({told(name.replace(' ', '.'))}), so it was "
@@ -99,15 +118,15 @@ def _pickle(path: Path) -> bytes:
         return archive.read(member)
 
 
-def _named(pickle: bytes) -> list[str]:
-    """What a pickle would import, as ``module name``; nothing of it is run."""
+def _named(path: Path) -> list[str]:
+    """What the pickle would import, as ``module name``."""
     found = []
-    for opcode, argument, _ in pickletools.genops(pickle):
-        if opcode.name in ("GLOBAL", "INST"):
+    for opcode, argument in _opcodes(path):
+        if opcode in ("GLOBAL", "INST"):
             found.append(str(argument))
-        elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+        elif opcode in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
             # Its name is put together as it runs; torch writes none of these.
-            found.append(opcode.name)
+            found.append(opcode)
     return found
 
 

@@ -164,7 +164,11 @@ def _transformers_in(folder: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that hold weights by their endings; those that open at once first."""
-    found = [path for path in folder.iterdir() if path.suffix.lower() in WEIGHTS and path.is_file()]
+    try:
+        inside = list(folder.iterdir())
+    except OSError:
+        return []  # a folder that may not be looked into holds nothing for us
+    found = [path for path in inside if path.suffix.lower() in WEIGHTS and path.is_file()]
     return sorted(found, key=lambda path: (WEIGHTS.index(path.suffix.lower()), path.name))
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from platformdirs import user_data_path
 
+from sagewan.checkpoint.archive import is_archive, texts_in
 from sagewan.checkpoint.experts import weight_files
 from sagewan.checkpoint.files import read_json, tensor_files
+from sagewan.checkpoint.roles import ROLES
 from sagewan.checkpoint.source import Source, source_of
 from sagewan.errors import CheckpointError
 
@@ -101,6 +103,8 @@ class Search:
     def _opened(self, candidate: Path, role: str) -> Source | None:
         config = candidate / "config.json"
         try:
+            if not _may_be(role, candidate):
+                return None
             files = tensor_files(candidate)
             return source_of(
                 files, candidate, role, read_json(config) if config.is_file() else None
@@ -111,6 +115,13 @@ class Search:
             return None
 
 
+def _may_be(role: str, candidate: Path) -> bool:
+    """False for an archive of another part: to open it would take torch, and its names do not."""
+    if not candidate.is_file() or not is_archive(candidate):
+        return True
+    return ROLES[role].found_in(texts_in(candidate)) is not None
+
+
 def _around(path: Path) -> Iterator[Path]:
     """The folder of a file, and the one that holds it if that is made of parts."""
     folder = path if path.is_dir() else path.parent
@@ -119,7 +130,7 @@ def _around(path: Path) -> Iterator[Path]:
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return sorted(path for path in folder.glob("*") if path.is_dir())
 
 
 def _snapshots(cache: Path) -> Iterator[Path]:

@@ -94,15 +94,19 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    shapes = ", ".join(str(list(x.shape)) for x in (q, k, v))
+    # Sentences are made where they are needed: a compiled program has no numbers for its shapes.
     if not q.dim() == k.dim() == v.dim() == 4:
-        raise ShapeError(f"q, k and v have the shapes {shapes}: give [batch, heads, tokens, size]")
+        raise ShapeError(f"{_shapes(q, k, v)}: give [batch, heads, tokens, size]")
     batch, heads, _, size = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != size:
-        raise ShapeError(f"q, k and v have the shapes {shapes}, which do not fit together")
+        raise ShapeError(f"{_shapes(q, k, v)}, which do not fit together")
     if min(*q.shape, *k.shape) < 1:
-        raise ShapeError(f"q, k and v have the shapes {shapes}: none may be empty")
+        raise ShapeError(f"{_shapes(q, k, v)}: none may be empty")
     if heads % k.shape[1]:
         raise ShapeError(f"{heads} query heads can't share {k.shape[1]} key heads evenly")
     if size % 8 or size > MAX_HEAD_DIM:
         raise ShapeError(f"head size {size}: give a multiple of 8 up to {MAX_HEAD_DIM}")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return "q, k and v have the shapes " + ", ".join(str(list(x.shape)) for x in (q, k, v))

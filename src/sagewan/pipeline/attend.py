@@ -256,19 +256,24 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> Problem:
     )
 
 
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     """Refuse what no implementation takes, naming the shapes."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if any(x.ndim != 4 for x in (q, k, v)):
-        raise ShapeError(f"{shapes}: give 4 dimensions each, [batch, heads, tokens, head size]")
+        raise ShapeError(
+            f"{_shapes(q, k, v)}: give 4 dimensions each, [batch, heads, tokens, head size]"
+        )
     if k.shape != v.shape:
-        raise ShapeError(f"{shapes}: k and v must have the same shape")
+        raise ShapeError(f"{_shapes(q, k, v)}: k and v must have the same shape")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ShapeError(f"{shapes}: batch and head size must be equal in all three")
+        raise ShapeError(f"{_shapes(q, k, v)}: batch and head size must be equal in all three")
     if 0 in q.shape or 0 in k.shape:
-        raise ShapeError(f"{shapes}: no dimension may be empty")
+        raise ShapeError(f"{_shapes(q, k, v)}: no dimension may be empty")
     if q.shape[1] % k.shape[1]:
-        raise ShapeError(f"{shapes}: the heads of q must be a multiple of those of k")
+        raise ShapeError(f"{_shapes(q, k, v)}: the heads of q must be a multiple of those of k")
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ShapeError(
             f"q {q.dtype}, k {k.dtype}, v {v.dtype}: give all in float16, bfloat16 or float32"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sagewan.cli import main
+from tests.checkpoint import writers
 from tests.checkpoint.trees import weights
 from tests.checkpoint.writers import WRITERS
 from tests.pipeline.runs import difference, latents_of, plan_for
@@ -62,3 +63,16 @@ def test_a_video_of_the_demo_model_from_one_file(tmp_path: Path) -> None:
     words += ["--size", "64x64", "--frames", "5", "--seed", "1", "-o", str(tmp_path / "a.mp4")]
     assert main(["generate", *words]) == 0
     assert (tmp_path / "a.mp4").stat().st_size > 1000
+
+
+def test_matrices_outside_the_blocks_may_be_packed_too(
+    expected: torch.Tensor,
+    shrunken_folder: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writers, "is_quantised", lambda _, weight: weight.ndim == 2)
+    folder = shutil.copytree(shrunken_folder(NAME), tmp_path / "model")
+    writers.gguf_writer("Q8_0")(weights(folder / "transformer"), folder / "all.gguf")
+    shutil.rmtree(folder / "transformer")
+    assert difference(latents_of(plan_for(folder / "all.gguf")), expected) < 0.03

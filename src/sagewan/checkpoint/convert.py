@@ -24,7 +24,6 @@ from sagewan.checkpoint.roles import TRANSFORMER
 from sagewan.checkpoint.source import Entry, Source, open_source
 from sagewan.checkpoint.writer import PARTIAL, Slot, Writer
 from sagewan.errors import CheckpointError, RequestError
-from sagewan.plan.layers import role_of
 from sagewan.plan.weights import POLICIES, QUANTIZED_AS
 
 LAYOUTS = ("comfy", "diffusers")
@@ -52,8 +51,7 @@ class Conversion:
     def packs(self, entry: Entry) -> bool:
         """Whether this weight is to be quantised."""
         layer, _, last = entry.name.rpartition(".")
-        stored = POLICIES[self.family].stored
-        return last == "weight" and len(entry.shape) == 2 and role_of(layer) in stored
+        return last == "weight" and len(entry.shape) == 2 and POLICIES[self.family].stores(layer)
 
     def name(self, name: str) -> str:
         """A weight's name in the layout, by diffusers' name."""

@@ -46,12 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
     from sagewan.cli.generate import stopped_by_signals
     from sagewan.pipeline.probe import probe
 
-    sources = _sources(arguments.source)
+    sources, family = _sources(arguments.source)
     targets = _targets(arguments.target, sources, arguments.layout)
     conversion = Conversion(
         to=arguments.to,
         layout=arguments.layout,
         device=probe().device(arguments.device).torch_name,
+        family=family,
     )
     watch = Watch()
     errors = {}
@@ -68,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sources(name: str) -> "dict[str, Source]":
-    """The transformers of a model, by diffusers' names of them."""
+def _sources(name: str) -> "tuple[dict[str, Source], str]":
+    """The transformers of a model, by diffusers' names of them, and its family."""
     from sagewan.checkpoint.experts import find_experts
     from sagewan.checkpoint.find import find_model
     from sagewan.checkpoint.roles import TRANSFORMER
@@ -78,13 +79,14 @@ def _sources(name: str) -> "dict[str, Source]":
 
     path = Path(name).expanduser()
     if name in (DEMO, *PUBLISHED) or (path / "model_index.json").is_file():
-        parts = find_model(name).parts
-        names = [part for part in ("transformer", "transformer_2") if part in parts]
-        return {part: open_source(parts[part], TRANSFORMER) for part in names}
+        model = find_model(name)
+        names = [part for part in ("transformer", "transformer_2") if part in model.parts]
+        sources = {part: open_source(model.parts[part], TRANSFORMER) for part in names}
+        return sources, model.family
     if not path.exists():
         raise RequestError(f"{name} is neither a file nor a folder nor a model's name")
     found = find_experts(path)
-    return dict(zip(("transformer", "transformer_2"), found.sources, strict=False))
+    return dict(zip(("transformer", "transformer_2"), found.sources, strict=False)), "wan"
 
 
 def _targets(target: Path, sources: "dict[str, Source]", layout: str) -> list[Path]:

@@ -28,7 +28,7 @@ def fp8_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     from sagewan.kernels.fp8_linear import quantize_rows
 
     data, scale = quantize_rows(x)
-    return _scaled_mm(data, scale, packed.data, _scale(packed), _like(bias, x))
+    return product_of_rows(data, scale, packed.data, _scale(packed), _like(bias, x))
 
 
 def fp8_rows_of_nvfp4(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -39,7 +39,7 @@ def fp8_rows_of_nvfp4(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     weight = unpack_e4m3(packed.data, _scale(packed), packed.shape)
     data, scale = quantize_rows(x)
     rows = (_tensor_scale(packed) * E4M3_STEPS).expand(packed.shape[0], 1).contiguous()
-    return _scaled_mm(data, scale, weight, rows, _like(bias, x))
+    return product_of_rows(data, scale, weight, rows, _like(bias, x))
 
 
 def nvfp4_unpacked(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -83,7 +83,7 @@ def emulated_nvfp4(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return F.linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)
 
 
-def _scaled_mm(
+def product_of_rows(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """e4m3 [M, K] and [N, K] with float32 scales [M, 1] and [N, 1] → bfloat16 [M, N]."""

@@ -47,6 +47,12 @@ def role_of(name: str) -> Role:
     return Role.TIME if name.startswith("condition_embedder.time_") else Role.OTHER
 
 
+def block_of(name: str) -> int | None:
+    """The block that a layer is in, None for one outside."""
+    block = _BLOCK.match(name)
+    return int(block[1]) if block else None
+
+
 def layer_shapes(model: Model) -> dict[str, tuple[int, int]]:
     """The shape of every matrix of every block, by its full name in the transformer."""
     layers = block_layers(model)
@@ -95,5 +101,6 @@ def _layers(width: int, ffn: int, *, pictures: bool) -> Iterator[Layer]:
     yield Layer("ffn.net.2", width, ffn, Role.FEED_FORWARD)
 
 
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 _IN_BLOCK = re.compile(r"blocks\.\d+\.(.+)")
 _ROLES = {layer.name: layer.role for layer in _layers(1, 1, pictures=True)}

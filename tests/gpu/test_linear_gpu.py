@@ -1,0 +1,169 @@
+"""Quantised layers on a GPU: every row that it can run, what is called in it, and how it fails."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sagewan.checkpoint import kitchen
+from sagewan.checkpoint.packed import Packed, unpack
+from sagewan.checkpoint.quantize import pack
+from sagewan.kernels import nvfp4_unpack
+from sagewan.model import matmul
+from sagewan.model.self_test import self_test
+from sagewan.pipeline import generate
+from sagewan.pipeline.probe import probe
+from sagewan.plan.linear import LINEAR_ROWS, LinearRow
+from sagewan.plan.request import Request
+
+pytestmark = pytest.mark.gpu
+
+
+def rows_here() -> Iterator[LinearRow]:
+    if torch.cuda.is_available():
+        hardware = probe()
+        device = hardware.device("cuda")
+        yield from (r for r in LINEAR_ROWS if not any(r.needs("bfloat16", device, hardware)))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
+
+
+@pytest.mark.parametrize("row", list(rows_here()), ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_row_that_runs_here_passes_its_self_test(row: LinearRow, dtype: str) -> None:
+    if dtype not in row.dtypes:
+        pytest.skip(f"takes {row.dtypes}")
+    test = self_test(row, probe().device("cuda"), dtype)
+    assert test.passed, test
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 333, 4096])
+@pytest.mark.parametrize(
+    ("format_", "function", "most"),
+    [
+        ("float8_e4m3fn", matmul.fp8_rows, 0.035),
+        ("nvfp4", matmul.fp8_rows_of_nvfp4, 0.045),
+        ("nvfp4", matmul.nvfp4_unpacked, 0.005),
+        ("float8_e4m3fn", matmul.thin, 0.005),
+        ("nvfp4", matmul.thin, 0.005),
+    ],
+)
+def test_products_are_those_of_the_stored_weight(
+    tokens: int, format_: str, function: Any, most: float
+) -> None:
+    if function is matmul.thin and tokens > 16:
+        pytest.skip("for a few rows")
+    if format_ == "float8_e4m3fn" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 here")
+    x, weight, bias = random(tokens, 1536), random(8960, 1536) / 40, random(8960)
+    packed = pack(weight, format_)
+    exact = F.linear(x.double(), unpack(packed, torch.float64), bias.double())
+    error = (function(x, packed, bias).double() - exact).norm() / exact.norm()
+    assert float(error) < most
+
+
+def test_fp4_is_unpacked_as_comfy_kitchen_does() -> None:
+    weight = random(1536, 8960) / 90
+    data, scale, tensor_scale = kitchen.quantize_nvfp4(weight)
+    shape = (1536, 8960)
+    exact = kitchen.unpack_nvfp4(data, scale, tensor_scale)
+    found = nvfp4_unpack.unpack_16(data, scale, tensor_scale, shape, torch.bfloat16)
+    assert torch.allclose(found.float(), exact, rtol=2**-7, atol=0)
+    on_the_host = kitchen.unpack_nvfp4(data.cpu(), scale.cpu(), tensor_scale.cpu())
+    assert exact.cpu().equal(on_the_host) or torch.allclose(exact.cpu(), on_the_host, rtol=1e-6)
+    assert torch.allclose(pack(weight.cpu(), "nvfp4").data, data.cpu()) or (
+        (pack(weight.cpu(), "nvfp4").data != data.cpu()).float().mean() < 0.01
+    )
+
+
+class Called(TorchDispatchMode):
+    """Notes every operation that reaches torch's kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "addmv", "mv", "_int_mm"}
+
+
+@pytest.mark.parametrize(
+    ("format_", "function"),
+    [("float8_e4m3fn", matmul.fp8_rows), ("nvfp4", matmul.fp8_rows_of_nvfp4)],
+)
+def test_the_fp8_path_calls_no_16_bit_product(format_: str, function: Any) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 here")
+    x, weight, bias = random(512, 1536), random(2048, 1536), random(2048)
+    packed = pack(weight, format_)
+    function(x, packed, bias)
+    with Called() as called:
+        function(x, packed, bias)
+    assert "_scaled_mm" in called.names
+    assert not PRODUCTS & set(called.names), called.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function(x, packed, bias)
+        torch.cuda.synchronize()
+    kernels = [event.key for event in profile.key_averages()]
+    assert not [name for name in kernels if "bf16bf16" in name or "bf16_bf16_bf16" in name], kernels
+    with Called() as called:  # The check can fail.
+        matmul.unpacked(x, packed, bias)
+    assert PRODUCTS & set(called.names), called.names
+
+
+def test_memory_that_runs_out_in_the_fp8_path_is_raised() -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 here")
+    x, weight = random(4096, 1536), random(65536, 1536)
+    packed = pack(weight, "float8_e4m3fn")
+    matmul.fp8_rows(x[:16], packed, None)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    # Room for the input in FP8, none for the output of 537 MB.
+    torch.cuda.set_per_process_memory_fraction(
+        (torch.cuda.memory_allocated() + 100 * 2**20) / total
+    )
+    try:
+        with pytest.raises(torch.OutOfMemoryError), Called() as called:
+            matmul.fp8_rows(x, packed, None)
+        assert not PRODUCTS & set(called.names), called.names
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("quantization", ["fp8_scaled", "fp4_scaled"])
+def test_a_run_multiplies_as_planned(quantization: str, tmp_path: Path) -> None:
+    request = Request(
+        prompt="a red ball rolls to the right",
+        output=tmp_path / "a.mp4",
+        quantization=quantization,
+        steps=4,
+        seed=1,
+    )
+    weights = generate(request).report["weights"]
+    assert weights["format"] == {"fp8_scaled": "float8_e4m3fn", "fp4_scaled": "nvfp4"}[quantization]
+    names = {row["implementation"] for row in weights["compute"]}
+    if torch.cuda.get_device_capability() == (9, 0):
+        low = {"fp8_scaled": "torch.fp8_rows", "fp4_scaled": "torch.fp8_rows_of_nvfp4"}
+        assert low[quantization] in names
+
+
+def test_a_weight_on_the_gpu_is_packed_as_on_the_host() -> None:
+    weight = random(256, 512)
+    for format_ in ("float8_e4m3fn", "nvfp4"):
+        here, there = pack(weight, format_), pack(weight.cpu(), format_)
+        assert isinstance(here, Packed)
+        a, b = unpack(here, torch.float32).cpu(), unpack(there, torch.float32)
+        assert float((a - b).norm() / b.norm()) < 0.01

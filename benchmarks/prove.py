@@ -238,6 +238,11 @@ def _wrong_lse(row: Implementation, drawn: Drawn, lse: Tensor, expected: Tensor)
     return "" if off <= most else f"log-sum-exp off by {off:.4g}, at most {most}"
 
 
+def _sm() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def ours(sm: int) -> list[Implementation]:
     """The rows of our kernels that run on this compute capability."""
     return [row for row in ROWS if row.call.startswith("sagewan.kernels.") and sm in row.sms]
@@ -260,7 +265,7 @@ def prove(
 def _in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """One row's proof in a process of its own, so that compilation goes on in parallel."""
     command = [sys.executable, "-m", "benchmarks.prove", "--only", name]
-    for option in ("first", "count", "seconds"):
+    for option in ("first", "count", "seconds", "device"):
         command += [f"--{option}", str(getattr(arguments, option))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -272,7 +277,8 @@ def _in_own_process(name: str, arguments: argparse.Namespace) -> dict[str, objec
 def _report(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     start = time.perf_counter()
     numbers = range(arguments.first, arguments.first + arguments.count)
-    verdicts = prove(row_named(name), numbers, "cuda", seconds=arguments.seconds)
+    small, seconds = arguments.device == "cpu", arguments.seconds
+    verdicts = prove(row_named(name), numbers, arguments.device, small=small, seconds=seconds)
     worst = max(verdicts, key=lambda one: one.error / (one.limit or 1.0))
     return {
         "row": name,
@@ -290,16 +296,14 @@ def main() -> int:
     parser.add_argument("--rows", help="all of ours that run here if left out")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=220, help="the most time for a row")
+    parser.add_argument("--device", default="cuda", help="cpu: small ones, under the interpreter")
     parser.add_argument("--jobs", type=int, default=6)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.only:
         print(json.dumps(_report(arguments.only, arguments)))
         return 0
-    major, minor = torch.cuda.get_device_capability()
-    names = (
-        arguments.rows.split(",") if arguments.rows else [x.name for x in ours(10 * major + minor)]
-    )
+    names = arguments.rows.split(",") if arguments.rows else [row.name for row in ours(_sm())]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         found = list(pool.map(lambda name: _in_own_process(name, arguments), names))
     for one in found:

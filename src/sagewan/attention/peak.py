@@ -42,5 +42,5 @@ def clock_mhz(device: torch.device) -> int | None:
 
     try:
         return int(torch.cuda.clock_rate(device))
-    except (pynvml.NVMLError, RuntimeError, ModuleNotFoundError):
+    except (pynvml.NVMLError, RuntimeError):
         return None

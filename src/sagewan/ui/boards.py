@@ -5,6 +5,9 @@ from typing import Any
 
 from sagewan.jobs.queue import Queue
 from sagewan.plan.hardware import GIB
+from sagewan.plan.models import DEMO, PUBLISHED
+from sagewan.ui.downloads import DOWNLOADS
+from sagewan.ui.found import model_facts
 from sagewan.ui.templates import render
 from sagewan.ui.views import card, cards, current, fallback_notes
 from sagewan.ui.words import Words
@@ -37,10 +40,27 @@ def _compare(queue: Queue, owner: str, words: Words) -> str:
     )
 
 
+def _model(queue: Queue, owner: str, words: Words) -> str:
+    """What is known of the model that the visitor has chosen: what its files are, or that they
+    are not here."""
+    name = str(queue.draft(owner).get("model") or DEMO)
+    summary, problems = model_facts(name)
+    return render(
+        "model",
+        words,
+        name=name,
+        summary=summary,
+        problems=[words.sentence(text) for text in problems],
+        download=DOWNLOADS.get(name),
+        allowed=DOWNLOADS.allowed and name in PUBLISHED,
+    )
+
+
 BOARDS: Mapping[str, Callable[[Queue, str, Words], str]] = {
     "live": _live,
     "library": _library,
     "compare": _compare,
+    "model": _model,
 }
 
 

@@ -1,9 +1,13 @@
 """The files a visitor may choose from: named by the server, never by a path from the page."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
+from sagewan.checkpoint.find import find_model
+from sagewan.checkpoint.inspection import inspect
 from sagewan.checkpoint.places import models_folder
+from sagewan.errors import CheckpointError
 from sagewan.plan.models import DEMO, PUBLISHED
 
 _FILES = (".safetensors", ".gguf")
@@ -18,6 +22,27 @@ def model_choices() -> Mapping[str, str]:
         if is_model and path.name not in choices:
             choices[path.name] = str(path)
     return choices
+
+
+def model_facts(name: str) -> tuple[str | None, tuple[str, ...]]:
+    """What ``sagewan inspect`` says of a model of :func:`model_choices`: its line, and what is
+    wrong with it; (None, ()) if its files are not here."""
+    try:
+        location = find_model(model_choices().get(name, DEMO), need_files=False).location
+    except CheckpointError as error:
+        return name, (str(error),)
+    if location is None:
+        return None, ()
+    return _inspected(location, location.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _inspected(location: Path, _: int) -> tuple[str, tuple[str, ...]]:
+    try:
+        found = inspect(location)
+    except CheckpointError as error:
+        return location.name, (str(error),)
+    return found.summary(), tuple(found.problems)
 
 
 def lora_paths() -> Mapping[str, Path]:

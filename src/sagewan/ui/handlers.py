@@ -24,6 +24,7 @@ from sagewan.plan.request import Request
 from sagewan.plan.serialize import field_types
 from sagewan.ui.diagnosis import diagnosis_view
 from sagewan.ui.door import owner_of
+from sagewan.ui.downloads import DOWNLOADS
 from sagewan.ui.form import Values, names, request_of, values_of
 from sagewan.ui.planned import modes_here, plan_view, quantizations_here
 from sagewan.ui.templates import render
@@ -130,6 +131,8 @@ class Handlers:
     def act(self, event: Mapping[str, Any], request: gr.Request) -> dict[str, Any]:
         """A button of a job: cancel, move, repeat, delete; ``use`` gives the job's settings."""
         owner, kind = owner_of(request.headers), event.get("act")
+        if kind == "download":
+            return self._download(str(event.get("job")))
         with Queue(default_path()) as queue:
             try:
                 job = queue.owned(int(event["job"]), owner)
@@ -147,6 +150,13 @@ class Handlers:
                 pass  # It went on in the meantime, which the page is about to show.
             except (KeyError, ValueError, RequestError, sqlite3.Error) as error:
                 gr.Warning(self.words.sentence(str(error)))
+        return {}
+
+    def _download(self, name: str) -> dict[str, Any]:
+        try:
+            DOWNLOADS.start(name)
+        except RequestError as error:
+            gr.Warning(self.words.sentence(str(error)))
         return {}
 
     def of_file(self, path: str | None) -> dict[str, Any]:

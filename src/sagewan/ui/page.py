@@ -105,6 +105,7 @@ class _Page:
             with gr.Column(scale=6, min_width=320, elem_classes="sw-left"):
                 with self._group("section.model"):
                     widget("model", elem_classes="sw-model")
+                    self.model_info = self._fragment("model")
                 with self._group("section.attention"):
                     widget("attention")
                     with gr.Row():
@@ -269,7 +270,7 @@ class _Page:
         self.examine.click(lambda: self._working(), None, self.diagnosis, **_EVENT).then(
             handlers.diagnose, None, self.diagnosis, **_EVENT
         )
-        for board in (self.live, self.library, self.compared):
+        for board in (self.live, self.library, self.compared, self.model_info):
             board.click(self._acted, None, [self.tabs, *every], **_EVENT)
 
     def _acted(self, event: gr.EventData, request: gr.Request) -> dict[Any, Any]:

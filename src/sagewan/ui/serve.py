@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sagewan.errors import RequestError
 from sagewan.jobs.records import default_path
+from sagewan.ui.downloads import DOWNLOADS
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,7 @@ class Worker:
         self._stopping.set()
         process = self._process
         if process and process.poll() is None:
-            with contextlib.suppress(OSError):
-                process.stdin and process.stdin.close()
+            _close(process)
             try:
                 process.wait(_GRACE)
             except subprocess.TimeoutExpired:
@@ -93,10 +93,18 @@ class Worker:
                     stderr=log,
                 )
                 code = self._process.wait()
+                _close(self._process)
             if self._stopping.is_set():
                 return
             deaths = 1 if time.monotonic() - began > 60 else deaths + 1
             logger.warning("the worker ended with %s and is started again; see %s", code, self._log)
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
+    """Let go of its standard input, which tells it to end."""
+    if process.stdin:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
 
 
 def serve(address: Address, app_of: Callable[[], object], ready: Callable[[], None]) -> None:
@@ -125,4 +133,5 @@ def serve(address: Address, app_of: Callable[[], object], ready: Callable[[], No
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
     finally:
+        DOWNLOADS.stop()
         worker.stop()

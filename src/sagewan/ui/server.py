@@ -17,6 +17,7 @@ from sagewan.jobs.records import Job, default_path
 from sagewan.jobs.states import State
 from sagewan.ui.boards import BOARDS
 from sagewan.ui.door import Door, owner_of
+from sagewan.ui.downloads import DOWNLOADS
 from sagewan.ui.page import build_page, static
 from sagewan.ui.uploads import MAX_BYTES
 from sagewan.ui.words import LANGUAGES, Words, language_of
@@ -35,6 +36,8 @@ class Site:
 
 def make_app(site: Site) -> FastAPI:
     """The whole application, for uvicorn."""
+    # Where anyone may come in, nobody may fill the disk.
+    DOWNLOADS.allowed = site.loopback or site.login is not None
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.get("/")(_home)
     app.get("/favicon.ico")(_icon)

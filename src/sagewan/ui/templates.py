@@ -19,6 +19,6 @@ def _environment() -> Environment:
     )
 
 
-def render(name: str, words: Words, **values: object) -> str:
+def render(template: str, words: Words, /, **values: object) -> str:
     """A template of this package, in the language of ``words``."""
-    return _environment().get_template(f"{name}.html").render(w=words, **values)
+    return _environment().get_template(f"{template}.html").render(w=words, **values)

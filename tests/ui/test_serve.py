@@ -1,0 +1,98 @@
+"""Ports, passwords, and a worker that is started again."""
+
+import ast
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sagewan
+from sagewan.cli import main
+from sagewan.errors import RequestError
+from sagewan.ui import serve
+from sagewan.ui.serve import Address, Worker, free_address
+
+UI = Path(sagewan.__file__).parent / "ui"
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        yield int(held.getsockname()[1])
+
+
+def test_a_busy_port_is_passed_over_unless_it_was_asked_for(taken: int) -> None:
+    assert free_address("127.0.0.1", None, first=taken).port > taken
+    with pytest.raises(RequestError, match=f"port={taken} is taken"):
+        free_address("127.0.0.1", taken)
+
+
+def test_the_address_is_one_that_a_browser_opens() -> None:
+    assert Address(host="127.0.0.1", port=7860).url == "http://localhost:7860/"
+    assert Address(host="0.0.0.0", port=1).url == "http://localhost:1/"
+    assert Address(host="10.0.0.7", port=1).url == "http://10.0.0.7:1/"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--share"], "give --auth as well"),
+        (["--auth", "me"], "write NAME:PASSWORD"),
+        (["--auth", ":x"], "write NAME:PASSWORD"),
+        (["--host", "999.1.1.1", "--port", "1"], "taken on 999.1.1.1"),
+    ],
+)
+def test_what_the_command_refuses(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ui", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_it_listens_to_this_machine_only_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Address] = []
+    monkeypatch.setattr(serve, "serve", lambda address, *_: served.append(address))
+    assert main(["ui", "--no-browser"]) == 0
+    assert served[0].host == "127.0.0.1"
+
+
+def test_a_worker_that_dies_is_started_again_and_ends_with_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    enough = threading.Event()
+    real = subprocess.Popen
+
+    def popen(command: list[str], **options: object) -> object:
+        assert command[1:] == ["-m", "sagewan", "queue", "work", "--while-stdin"]
+        # The first dies at once, the second reads until its input ends.
+        program = "import sys; sys.stdin.read()" if started else "import os; os._exit(9)"
+        process = real([sys.executable, "-c", program], **options)  # type: ignore[call-overload]
+        started.append(process.pid)
+        if len(started) == 2:
+            enough.set()
+        return process
+
+    monkeypatch.setattr(serve.subprocess, "Popen", popen)
+    monkeypatch.setattr(serve, "_PAUSES", (0.0, 0.05))
+    worker = Worker(tmp_path / "worker.log")
+    worker.start()
+    assert enough.wait(30)
+    worker.stop()
+    assert len(started) == 2
+
+
+def test_no_handler_is_long_and_no_file_either() -> None:
+    for path in UI.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "words" not in path.parts:
+            assert len(text.splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 40, (path, node.name)

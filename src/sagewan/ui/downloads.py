@@ -1,4 +1,4 @@
-"""``sagewan download``, started from the page: each model in a process of its own, one at a time."""
+"""``sagewan download``, started from the page: a process for each model, one at a time."""
 
 import subprocess
 import sys

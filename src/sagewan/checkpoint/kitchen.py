@@ -5,6 +5,9 @@ scales in cuBLAS's swizzle, MXFP8 with one power of two per 32. Its functions ar
 never its tensor class, which unpacks quietly and takes running out of memory for a missing kernel.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import comfy_kitchen
 import torch
 from torch import Tensor
@@ -22,14 +25,16 @@ def quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tensor's scale, float32 []; N' and K' are N and K rounded up to 16."""
     # comfy-kitchen's GPU kernels take 16 bits, but the largest value decides the scale exactly.
     tensor_scale = nonzero(weight.abs().amax().float() / NVFP4_MAX)
-    data, scale = comfy_kitchen.quantize_nvfp4(weight.contiguous(), tensor_scale, pad_16x=True)
+    with _on_any_gpu():
+        data, scale = comfy_kitchen.quantize_nvfp4(weight.contiguous(), tensor_scale, pad_16x=True)
     return data, scale, tensor_scale
 
 
 def unpack_nvfp4(data: Tensor, scale: Tensor, tensor_scale: Tensor) -> Tensor:
     """What :func:`quantize_nvfp4` gave → float32 [N', K']."""
-    # In 16 bits it would round the scales as well.
-    unpacked: Tensor = comfy_kitchen.dequantize_nvfp4(data, tensor_scale, scale, torch.float32)
+    with _on_any_gpu():
+        # In 16 bits it would round the scales as well.
+        unpacked: Tensor = comfy_kitchen.dequantize_nvfp4(data, tensor_scale, scale, torch.float32)
     return unpacked
 
 
@@ -47,6 +52,17 @@ def unpack_mxfp8(data: Tensor, scale: Tensor) -> Tensor:
     powers = scale.view(torch.float8_e8m0fnu)
     unpacked: Tensor = comfy_kitchen.dequantize_mxfp8(data, powers, torch.float32)
     return unpacked
+
+
+@contextmanager
+def _on_any_gpu() -> Iterator[None]:
+    """Its CUDA kernels if its wheel has them for this Python, else plain torch: of its Triton
+    kernels, which would come second, those of FP4 only compile for Blackwell."""
+    if comfy_kitchen.registry.is_available("cuda"):
+        yield
+        return
+    with comfy_kitchen.use_backend("eager"):
+        yield
 
 
 def swizzle(scale: Tensor) -> Tensor:

@@ -94,3 +94,19 @@ def test_an_unknown_format_is_refused() -> None:
     packed = Packed(format="int3", shape=(1, 1), data=torch.ones(1, 1))
     with pytest.raises(CheckpointError, match="int3"):
         unpack(packed, torch.float32)
+
+
+@pytest.mark.parametrize("name", [*FP8_DTYPES, "int8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_sixteen_bits_are_rounded_once(
+    name: str, dtype: torch.dtype, rows: int, weight: torch.Tensor
+) -> None:
+    kind = FP8_DTYPES.get(name, torch.int8)
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(rows, 1, generator=generator) / 100
+    data = (weight * 1000).clamp(-120, 120).to(kind)
+    packed = Packed(
+        format=name, shape=(40, 72), data=data, scale=scale if rows > 1 else scale.view(())
+    )
+    assert unpack(packed, dtype).equal((data.float() * scale).to(dtype))

@@ -62,10 +62,14 @@ class Packed:
 
 def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight [N, K] in ``dtype``, rounded to it once, ``pre_scale`` multiplied in."""
-    weight = _unpacked(packed)
     if packed.pre_scale is not None:
-        weight = weight * packed.pre_scale
-    return weight.to(dtype)
+        weight = unpack(replace(packed, pre_scale=None), torch.float32) * packed.pre_scale
+        return weight.to(dtype)
+    if packed.format in FP8_DTYPES or packed.format == "int8":
+        # Every dtype holds the 8 bits exactly; multiplied in place by a matrix (a bare number would
+        # be rounded first), no float32 copy four times the weight's size is made.
+        return packed.data.to(dtype).mul_(_needed(packed, "scale").view(-1, 1))
+    return _unpacked(packed).to(dtype)
 
 
 def _unpacked(packed: Packed) -> Tensor:
@@ -73,8 +77,6 @@ def _unpacked(packed: Packed) -> Tensor:
     from sagewan.checkpoint import kitchen
 
     rows, columns = packed.shape
-    if packed.format in FP8_DTYPES or packed.format == "int8":
-        return packed.data.float() * _needed(packed, "scale")
     if packed.format == "nvfp4":
         scales = _needed(packed, "scale"), _needed(packed, "tensor_scale")
         return kitchen.unpack_nvfp4(packed.data, *scales)[:rows, :columns]

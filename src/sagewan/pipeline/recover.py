@@ -91,8 +91,13 @@ def _change(old: Implementation, new: Implementation, objection: Objection) -> C
 
 def _rejected(plan: Plan, failure: "NotFinite") -> LatentsRejectedError:
     attention = plan.attention.choice(failure.step, plan.steps.count, 0)
+    main = plan.weights.main
+    weights, other = "", "--dtype float32"
+    if main and main.low:
+        weights, other = f" and weights multiplied as {main.compute}", "--quantization none"
     return LatentsRejectedError(
         f"the latents stopped being finite at step {failure.step + 1} of {plan.steps.count} "
-        f"with attention {attention.mode} in {plan.dtype}; try --attention sdpa or --dtype float32",
+        f"with attention {attention.mode} in {plan.dtype}{weights}; "
+        f"try --attention sdpa or {other}",
         failure.snapshot.latents,
     )

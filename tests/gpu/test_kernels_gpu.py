@@ -1,5 +1,6 @@
 """Our kernels on a real GPU: against float64, against their emulation, and against themselves."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -24,21 +25,33 @@ KERNEL_ERROR = {
 }
 
 
-@pytest.fixture(params=bench.OURS)
-def mode(request: pytest.FixtureRequest) -> str:
+HOPPER = ("sageattn_hopper", "sageattn_3_fp8_hopper")
+
+
+@pytest.fixture(params=[*bench.OURS, *HOPPER])
+def name(request: pytest.FixtureRequest) -> str:
+    """One of our rows, without the package's name before it."""
     name = str(request.param)
     major, minor = torch.cuda.get_device_capability()
-    ours = [row for row in rows_of(name, emulate=True) if row.call.startswith("sagewan.kernels.")]
-    # FP4 runs everywhere: in Blackwell's instructions, or unpacked.
-    if not any(10 * major + minor in row.sms for row in ours):
+    sm = 10 * major + minor
+    ours = [row_named(f"sagewan.{name}")]
+    if name not in HOPPER:
+        # FP4 runs everywhere: in Blackwell's instructions, or unpacked.
+        ours += [row for row in rows_of(name, emulate=True) if "kernels." in row.call]
+    if not any(sm in row.sms for row in ours):
         pytest.skip("this GPU is not in the rows' list")
     return name
 
 
-def run(mode: str) -> Callable[..., Tensor]:
+@pytest.fixture
+def mode(name: str) -> str:
+    return name.removesuffix("_hopper")
+
+
+def run(name: str) -> Callable[..., Tensor]:
     from sagewan.attention.resolve import load
 
-    return load(row_named(f"sagewan.{mode}"))
+    return load(row_named(f"sagewan.{name}"))
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -47,9 +60,9 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tenso
 
 
 @pytest.mark.parametrize("family", ["bias", "local"])
-def test_error_is_within_the_modes_class(mode: str, family: str) -> None:
+def test_error_is_within_the_modes_class(name: str, mode: str, family: str) -> None:
     q, k, v = bench.inputs(family, (1, 4, 32768), "cuda")
-    error = bench.error_of(run(mode), q, k, v)
+    error = bench.error_of(run(name), q, k, v)
     assert error <= bench.OURS[mode][family == "local"], error
 
 
@@ -59,22 +72,36 @@ def test_error_is_within_the_modes_class(mode: str, family: str) -> None:
     [(1000, 1000, 4, 2, 128), (333, 457, 2, 2, 128), (1, 1, 2, 1, 64), (130, 300, 2, 2, 72)],
 )
 def test_kernel_is_its_emulation(
-    mode: str, dtype: torch.dtype, queries: int, keys: int, heads: int, key_heads: int, size: int
+    name: str,
+    mode: str,
+    dtype: torch.dtype,
+    queries: int,
+    keys: int,
+    heads: int,
+    key_heads: int,
+    size: int,
 ) -> None:
     from sagewan.kernels import fp4_attention, fp8_attention
 
+    if size not in row_named(f"sagewan.{name}").head_dims:
+        pytest.skip("another size than the row takes")
     q = 1.5 * normal(2, heads, queries, size, seed=1, dtype=dtype)
     k = normal(2, key_heads, keys, size, seed=2, dtype=dtype)
     k = k + 3 * normal(1, key_heads, 1, size, seed=3, dtype=dtype)
     v = normal(2, key_heads, keys, size, seed=4, dtype=dtype)
-    out, lse = run(mode)(q, k, v, return_lse=True)
+    out, lse = run(name)(q, k, v, return_lse=True)
     major, minor = torch.cuda.get_device_capability()
     tiles = {"sageattn_3_fp8": fp8_attention.tile_for, "sageattn_3_fp4": fp4_attention.tile_for}
     step = tiles[mode](10 * major + minor, 128).block_n if mode in tiles else 64
+    blocks: dict[str, object] = {"block_n": step}
+    if name == "sageattn_hopper":
+        blocks = {"block_m": 64, "block_n": 128, "keys_per_scale": 64}
+    elif name == "sageattn_3_fp8_hopper":
+        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "rounded_sums": True}
     # The emulation rounds its output too: compared before that, in float32.
     wide = (x.float() for x in (q, k, v))
-    same = getattr(emulation, mode)(*wide, block_n=step) if dtype == torch.float16 else None
-    _, same_lse = getattr(emulation, mode)(q, k, v, block_n=step, return_lse=True)
+    same = getattr(emulation, mode)(*wide, **blocks) if dtype == torch.float16 else None
+    _, same_lse = getattr(emulation, mode)(q, k, v, **blocks, return_lse=True)
     if same is not None:
         assert relative_error(out, same) < KERNEL_ERROR[mode]
     torch.testing.assert_close(lse, same_lse, atol=5e-3, rtol=1e-3)
@@ -82,59 +109,61 @@ def test_kernel_is_its_emulation(
     assert relative_error(lse, expected) < (0.1 if mode == "sageattn_3_fp4" else 0.01)
 
 
-def test_runs_are_identical_layout_does_not_matter_and_inputs_are_kept(mode: str) -> None:
+def test_runs_are_identical_layout_does_not_matter_and_inputs_are_kept(
+    name: str, mode: str
+) -> None:
     q, k, v = (normal(2, 500, 4, 128, seed=seed).transpose(1, 2) for seed in range(3))
     before = [x.clone() for x in (q, k, v)]
-    first = run(mode)(q, k, v)
-    assert torch.equal(run(mode)(q, k, v), first)
-    assert torch.equal(run(mode)(*(x.contiguous() for x in (q, k, v))), first)
+    first = run(name)(q, k, v)
+    assert torch.equal(run(name)(q, k, v), first)
+    assert torch.equal(run(name)(*(x.contiguous() for x in (q, k, v))), first)
     assert all(map(torch.equal, (q, k, v), before))
     assert first.stride() == q.stride()
 
 
-def test_200000_keys(mode: str) -> None:
+def test_200000_keys(name: str, mode: str) -> None:
     q = 1.5 * normal(1, 1, 64, 128, seed=1)
     k = normal(1, 1, 200_000, 128, seed=2) + 3 * normal(1, 1, 1, 128, seed=3)
     v = normal(1, 1, 200_000, 128, seed=4) + 0.5 * normal(1, 1, 1, 128, seed=5)
-    error = relative_error(run(mode)(q, k, v), attention(q, k, v))
+    error = relative_error(run(name)(q, k, v), attention(q, k, v))
     assert error < (0.1 if mode == "sageattn_3_fp4" else 0.01)
 
 
-def test_edges_of_the_range_stay_finite(mode: str) -> None:
+def test_edges_of_the_range_stay_finite(name: str, mode: str) -> None:
     q, k, v = (normal(1, 2, 300, 128, seed=seed) for seed in range(3))
     for a, b, c in ((0.0, 0.0, 0.0), (1e-20, 1e-20, 1e-20), (1e3, 1e3, 1e30), (1.0, 1.0, 1e-30)):
-        out = run(mode)(a * q, b * k, c * v)
+        out = run(name)(a * q, b * k, c * v)
         assert out.isfinite().all(), (a, b, c)
     constant = torch.full_like(v, 3.0)
     torch.testing.assert_close(
-        run(mode)(q, k, constant), constant, atol=0, rtol=0.02 if mode != "sageattn_3_fp4" else 0.1
+        run(name)(q, k, constant), constant, atol=0, rtol=0.02 if mode != "sageattn_3_fp4" else 0.1
     )
 
 
-def test_what_is_not_taken_is_refused(mode: str) -> None:
+def test_what_is_not_taken_is_refused(name: str, mode: str) -> None:
     q = normal(1, 2, 16, 128, seed=0)
     with pytest.raises(ShapeError, match="head size 100"):
-        run(mode)(q[..., :100], q[..., :100], q[..., :100])
+        run(name)(q[..., :100], q[..., :100], q[..., :100])
     with pytest.raises(ShapeError, match="float32"):
-        run(mode)(q.float(), q.float(), q.float())
+        run(name)(q.float(), q.float(), q.float())
 
 
-def test_a_compiled_program_and_a_cuda_graph_give_the_same(mode: str) -> None:
+def test_a_compiled_program_and_a_cuda_graph_give_the_same(name: str, mode: str) -> None:
     q, k, v = (normal(1, 2, 300, 128, seed=seed) for seed in range(3))
-    expected = run(mode)(q, k, v)
-    compiled = torch.compile(run(mode), fullgraph=True)
+    expected = run(name)(q, k, v)
+    compiled = torch.compile(run(name), fullgraph=True)
     assert torch.equal(compiled(q, k, v), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(mode)(q, k, v)
+        captured = run(name)(q, k, v)
     others = [normal(1, 2, 300, 128, seed=seed) for seed in range(3, 6)]
     for mine, other in zip((q, k, v), others, strict=True):
         mine.copy_(other)
     graph.replay()
-    assert torch.equal(captured, run(mode)(*others))
+    assert torch.equal(captured, run(name)(*others))
 
 
-def test_sagewan_attend_compiles_without_a_break(mode: str) -> None:
+def test_sagewan_attend_compiles_without_a_break(name: str, mode: str) -> None:
     import sagewan
 
     q, k, v = (normal(1, 300, 2, 128, seed=seed) for seed in range(3))
@@ -147,21 +176,17 @@ def test_sagewan_attend_compiles_without_a_break(mode: str) -> None:
     assert torch.equal(torch.compile(program, fullgraph=True)(q, k, v), program(q, k, v))
 
 
-def test_extra_memory_is_at_most_twice_that_of_q(mode: str) -> None:
+def test_extra_memory_is_at_most_twice_that_of_q(name: str, mode: str) -> None:
     q = normal(1, 40, 75_600, 128, seed=0)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = run(mode)(q, q, q)
+    out = run(name)(q, q, q)
     extra = torch.cuda.max_memory_allocated() - before - out.nbytes
     assert extra <= 2 * q.nbytes, f"{extra / q.nbytes:.2f}"
 
 
-def test_blocks_of_keys_that_are_skipped_cost_nothing(mode: str) -> None:
-    from sagewan.kernels import fp4_attention, fp8_attention, int8_attention
-
-    module = {"sageattn_3_fp8": fp8_attention, "sageattn_3_fp4": fp4_attention}.get(
-        mode, int8_attention
-    )
+def test_blocks_of_keys_that_are_skipped_cost_nothing(name: str, mode: str) -> None:
+    module = importlib.import_module(row_named(f"sagewan.{name}").call.partition(":")[0])
     q = normal(1, 4, 1024, 128, seed=0)
     prepared = getattr(module, f"prepare_{mode}")(q, q, q)
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool, device="cuda")

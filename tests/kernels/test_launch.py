@@ -66,9 +66,14 @@ def test_head_sizes_are_padded_to_powers_of_two(size: int, block: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_our_row_comes_first_and_leads_to_its_launcher(mode: str) -> None:
-    row = rows_of(mode)[0]
-    assert row.name == f"sagewan.{mode}"
-    assert name_of(load(row), row) == row.name
+    first, *others = rows_of(mode)
+    portable = f"sagewan.{mode}"
+    # What is made for one architecture stands before what runs on all.
+    assert first.name == portable or (first.name, others[0].name) == (
+        f"{portable}_hopper",
+        portable,
+    )
+    assert name_of(load(first), first) == first.name
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,12 @@ from sagewan.kernels.prepared import PADDING, Columns, Rows
 
 _CHUNKS = 32
 _ROWS = 64
+# Blocks of rows that share one rotation matrix, which takes longer to make than to use.
+_BLOCKS = 8
 _MAX_ROTATION = 128
 _SCHEDULE = Schedule(warps=8)
+# Reading is all that a reduction does: it asks ahead.
+_REDUCTION = Schedule(warps=8, stages=3)
 # 1.5·2²³: a float32 this large has no fraction, so adding it rounds to the nearest even integer.
 _ROUND = tl.constexpr(12582912.0)
 
@@ -78,16 +82,22 @@ def _reduce(x: Tensor, *, largest: bool) -> Tensor:
         "BLOCK_R": _ROWS,
         "BLOCK_D": block,
     }
-    launch(_reduce_kernel, (chunks, batch * heads), x.device, arguments, _SCHEDULE)
+    launch(_reduce_kernel, (chunks, batch * heads), x.device, arguments, _REDUCTION)
     return partial
 
 
 def int8_rows(
-    x: Tensor, recipe: Recipe, *, minus: Tensor | None = None, other: Tensor | None = None
+    x: Tensor,
+    recipe: Recipe,
+    *,
+    minus: Tensor | None = None,
+    other: Tensor | None = None,
+    lowest: Tensor | None = None,
 ) -> Rows:
     """x [B, H, N, D], 16 bit → its rows, minus ``minus`` [B, H, D'], as INT8.
 
-    ``other`` [B, Ho, D'], with Ho or H a multiple of the other, asks for the rows' dots with it.
+    ``other`` [B, Ho, D'], with Ho or H a multiple of the other, asks for the rows' dots with it;
+    ``lowest`` [B, H] float32 is the least that a scale may be.
     """
     batch, heads, count, size = x.shape
     block, padded = block_of(size), triton.cdiv(count, PADDING) * PADDING
@@ -104,6 +114,7 @@ def int8_rows(
         **strided("x", x),
         "minus": minus,
         "other": other,
+        "lowest": lowest,
         "data": rows.data,
         "scales": rows.scale,
         "dots": dots,
@@ -119,10 +130,11 @@ def int8_rows(
         "WIDTH": min(_MAX_ROTATION, block),
         "SMOOTH_DOTS": recipe.smooth_dots,
         "PER_TOKEN": recipe.per_token,
+        "BLOCKS": _BLOCKS if recipe.rotate else 1,
         "BLOCK_R": recipe.block,
         "BLOCK_D": block,
     }
-    grid = (padded // recipe.block, batch * heads)
+    grid = (triton.cdiv(padded // recipe.block, arguments["BLOCKS"]), batch * heads)
     launch(_int8_rows_kernel, grid, x.device, arguments, _SCHEDULE)
     return rows
 
@@ -208,52 +220,74 @@ def _rotation(SIZE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _store_dots(
+    seen, other, dots, head, rows, padded, factor,
+    EACH: tl.constexpr, SHARED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What rows give with each of the other tensor's means that share their head."""
+    for i in tl.static_range(EACH):
+        place = (head * EACH + i) // SHARED * BLOCK_D
+        mean_of_other = tl.load(other + place + tl.arange(0, BLOCK_D))
+        dot = tl.sum(seen * mean_of_other[None, :], 1) * factor
+        tl.store(dots + (head * EACH + i).to(tl.int64) * padded + rows, dot)
+
+
+@triton.jit
 def _int8_rows_kernel(
     x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
     minus,  # [B·H, D'] float32, or None
     other,  # [B·Ho, D'] float32, or None
+    lowest,  # [B·H] float32, or None
     data,  # [B·H, N', D'] int8
     scales,  # [B·H, N'] float32
     dots,  # [B·max(H, Ho), N'] float32, or None
     heads, count, padded, size, factor, dot_factor,
     EACH: tl.constexpr, SHARED: tl.constexpr, ROTATION: tl.constexpr, SMOOTH_DOTS: tl.constexpr,
-    WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     channels = tl.arange(0, BLOCK_D)
-    inside = (rows < count)[:, None]
-    raw = load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
-    values = raw.to(tl.float32)
     if minus is not None:
         vector = tl.load(minus + head * BLOCK_D + channels)
-        values = tl.where(inside, values - vector[None, :], 0.0)
-    if other is not None:
-        seen = values if SMOOTH_DOTS else raw.to(tl.float32)
-        for i in tl.static_range(EACH):
-            mean_of_other = tl.load(other + (head * EACH + i) // SHARED * BLOCK_D + channels)
-            dot = tl.sum(seen * mean_of_other[None, :], 1) * dot_factor
-            tl.store(dots + (head * EACH + i).to(tl.int64) * padded + rows, dot)
+        taken = vector[None, :]
     if ROTATION > 0:
         # The tensor cores add 16-bit values times ±1 exactly to float32's precision, so x is
-        # rotated as it came, and its mean apart.
+        # rotated as it came, and its mean apart. The matrix is made once for several blocks.
         matrix = _rotation(ROTATION, WIDTH)
-        turned = tl.dot(raw.reshape(BLOCK_R * BLOCK_D // WIDTH, WIDTH), matrix.to(raw.dtype))
-        values = turned.reshape(BLOCK_R, BLOCK_D)
         if minus is not None:
             parts = vector.reshape(BLOCK_D // WIDTH, WIDTH, 1) * matrix[None, :, :]
-            values = tl.where(inside, values - tl.sum(parts, 1).reshape(1, BLOCK_D), 0.0)
-        values *= ROTATION**-0.5
-    values *= factor
-    top = tl.max(tl.abs(values), 1)
-    if not PER_TOKEN:
-        top = tl.zeros_like(top) + tl.max(top, 0)
-    # Rows of zeros, and those so small that their scale would vanish, are stored as zeros.
-    scale = tl.maximum(top, 1e-30) / 127.0
-    tl.store(scales + head.to(tl.int64) * padded + rows, scale)
-    quantised = (values / scale[:, None] + _ROUND) - _ROUND
-    place = (head.to(tl.int64) * padded + rows)[:, None] * BLOCK_D + channels[None, :]
-    tl.store(data + place, quantised.to(tl.int8))
+            taken = tl.sum(parts, 1).reshape(1, BLOCK_D)
+    first = tl.program_id(0) * BLOCKS
+    for block in range(first, tl.minimum(first + BLOCKS, padded // BLOCK_R)):
+        rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        raw = load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
+        if other is not None:
+            seen = raw.to(tl.float32)
+            if SMOOTH_DOTS and minus is not None:
+                seen = tl.where((rows < count)[:, None], seen - vector[None, :], 0.0)
+            _store_dots(seen, other, dots, head, rows, padded, dot_factor, EACH, SHARED, BLOCK_D)
+        if ROTATION > 0:
+            wide = raw.reshape(BLOCK_R * BLOCK_D // WIDTH, WIDTH)
+            values = tl.dot(wide, matrix.to(raw.dtype)).reshape(BLOCK_R, BLOCK_D)
+        else:
+            values = raw.to(tl.float32)
+        if minus is not None:
+            values = tl.where((rows < count)[:, None], values - taken, 0.0)
+        if ROTATION > 0:
+            values *= ROTATION**-0.5
+        values *= factor
+        top = tl.max(tl.abs(values), 1)
+        if not PER_TOKEN:
+            top = tl.zeros_like(top) + tl.max(top, 0)
+        # Rows of zeros, and those so small that their scale would vanish, are stored as zeros.
+        scale = tl.maximum(top, 1e-30) / 127.0
+        if lowest is not None:
+            scale = tl.maximum(scale, tl.load(lowest + head))
+        tl.store(scales + head.to(tl.int64) * padded + rows, scale)
+        quantised = (values / scale[:, None] + _ROUND) - _ROUND
+        place = (head.to(tl.int64) * padded + rows)[:, None] * BLOCK_D + channels[None, :]
+        tl.store(data + place, quantised.to(tl.int8))
 
 
 @triton.jit

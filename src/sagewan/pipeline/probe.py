@@ -32,6 +32,7 @@ PACKAGES = (
     "flash-attn",
     "sageattention",
     "sageattn3",
+    "cuda-bindings",
     "nvidia-cudnn-cu13",
     "nvidia-cudnn-cu12",
     "nvidia-cutlass-dsl",

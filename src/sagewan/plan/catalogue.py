@@ -92,6 +92,7 @@ class Implementation(Row):
 
 
 _OUR_HEAD_DIMS = tuple(range(8, 257, 8))
+_HOPPER_HEAD_DIMS = tuple(range(72, 129, 8))
 _FP4_HEAD_DIMS = tuple(range(8, 256, 8))
 
 ROWS: tuple[Implementation, ...] = (
@@ -156,6 +157,22 @@ ROWS: tuple[Implementation, ...] = (
         versions=("2.6", "3"),
         install="pip install flash-attn --no-build-isolation",
         grouped_heads=True,
+    ),
+    Implementation(
+        name="sagewan.sageattn_hopper",
+        mode="sageattn",
+        call="sagewan.kernels.hopper_attention:sageattn",
+        qk="int8 per block",
+        pv="16 bit",
+        lse_option="return_lse",
+        sms=(90,),
+        head_dims=_HOPPER_HEAD_DIMS,
+        package="cuda-bindings",
+        versions=("12.8", "14"),
+        install="pip install cuda-bindings nvidia-cuda-nvrtc",
+        systems=("Linux", "Windows"),
+        grouped_heads=True,
+        log_sum_exp=True,
     ),
     Implementation(
         name="sagewan.sageattn",
@@ -249,6 +266,22 @@ ROWS: tuple[Implementation, ...] = (
         package="triton",
         versions=("3.6", "4"),
         install="pip install triton, on Windows triton-windows",
+        systems=("Linux", "Windows"),
+        grouped_heads=True,
+        log_sum_exp=True,
+    ),
+    Implementation(
+        name="sagewan.sageattn_3_fp8_hopper",
+        mode="sageattn_3_fp8",
+        call="sagewan.kernels.hopper_attention:sageattn_3_fp8",
+        qk="int8 per block",
+        pv="fp8 e4m3",
+        lse_option="return_lse",
+        sms=(90,),
+        head_dims=_HOPPER_HEAD_DIMS,
+        package="cuda-bindings",
+        versions=("12.8", "14"),
+        install="pip install cuda-bindings nvidia-cuda-nvrtc",
         systems=("Linux", "Windows"),
         grouped_heads=True,
         log_sum_exp=True,

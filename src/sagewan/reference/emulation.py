@@ -49,14 +49,16 @@ def sageattn(
     scale: float | None = None,
     block_m: int = 128,
     block_n: int = 64,
+    keys_per_scale: int | None = None,
     return_lse: bool = False,
 ) -> Result:
-    """INT8 Q·Kᵀ with a scale per block, K minus its mean, 16-bit P·V."""
+    """INT8 Q·Kᵀ with a scale per block, K minus its mean, 16-bit P·V. ``keys_per_scale`` is
+    ``block_n`` unless given."""
     scaled, smooth = _scale(q, scale), _minus_mean(k)
     sixteen = _sixteen_bit(q)
     operands = _Prepared(
         q=formats.int8(scaled, block_m).value(),
-        k=formats.int8(smooth, block_n).value(),
+        k=formats.int8(smooth, keys_per_scale or block_n).value(),
         v=sixteen(v),
         k_exact=smooth,
     )
@@ -87,12 +89,18 @@ def sageattn_3_fp8(
     scale: float | None = None,
     block_m: int = 128,
     block_n: int = 64,
+    rows_per_scale: int = 1,
+    rounded_sums: bool = False,
     return_lse: bool = False,
 ) -> Result:
-    """Q·Kᵀ as :func:`sageattn_3`; P·V in e4m3, P times 448 and V scaled per channel."""
+    """Q·Kᵀ as :func:`sageattn_3`, but for ``rows_per_scale`` tokens to a scale; P·V in e4m3, P
+    times 448 and V scaled per channel. ``rounded_sums`` divides by the sums of P as rounded."""
     scaled = _scale(q, scale)
-    operands = _fine_int8(scaled, k, formats.e4m3_per_channel(v).value(), block_m)
-    return _finish(q, k, scaled, _online_softmax(operands, _p_e4m3, block_m, block_n), return_lse)
+    values = formats.e4m3_per_channel(v).value()
+    operands = _fine_int8(scaled, k, values, block_m, rows_per_scale)
+    sums = _p_e4m3 if rounded_sums else None
+    result = _online_softmax(operands, _p_e4m3, block_m, block_n, round_sum=sums)
+    return _finish(q, k, scaled, result, return_lse)
 
 
 def sageattn_3_fp4(
@@ -126,12 +134,14 @@ def _nvfp4_columns(v: Tensor) -> Tensor:
     return formats.nvfp4(channels, scale).value().mT
 
 
-def _fine_int8(scaled: Tensor, k: Tensor, v: Tensor, block_m: int) -> _Prepared:
+def _fine_int8(
+    scaled: Tensor, k: Tensor, v: Tensor, block_m: int, rows_per_scale: int = 1
+) -> _Prepared:
     smooth, rotated = formats.rotate(_minus_mean(k)), formats.rotate(scaled)
     q_mean = rotated.mean(-2, keepdim=True)
     return _Prepared(
-        q=formats.int8(rotated - q_mean, 1).value(),
-        k=formats.int8(smooth, 1).value(),
+        q=formats.int8(rotated - q_mean, rows_per_scale).value(),
+        k=formats.int8(smooth, rows_per_scale).value(),
         v=v,
         k_exact=smooth,
         q_means=q_mean.expand(-1, -1, -(-rotated.shape[-2] // block_m), -1),
@@ -175,9 +185,15 @@ def _p_nvfp4(p: Tensor) -> Tensor:
 
 
 def _online_softmax(
-    operands: _Prepared, round_p: Round, block_m: int, block_n: int
+    operands: _Prepared,
+    round_p: Round,
+    block_m: int,
+    block_n: int,
+    *,
+    round_sum: Round | None = None,
 ) -> tuple[Tensor, Tensor]:
     """→ output [B, H, N, D] and the base-2 log-sum-exp [B, H, N], both float32."""
+    rounding = (round_p, round_sum or (lambda p: p))
     batch, heads, count, _ = operands.q.shape
     rows = max(1, _SCORES // (batch * heads * block_n * block_m)) * block_m
     outputs, sums = [], []
@@ -186,16 +202,21 @@ def _online_softmax(
         if means is not None:
             means = means[..., start // block_m : (start + rows) // block_m, :]
         q = operands.q[..., start : start + rows, :]
-        output, total = _rows_of_output(q, means, operands, round_p, (block_m, block_n))
+        output, total = _rows_of_output(q, means, operands, rounding, (block_m, block_n))
         outputs.append(output)
         sums.append(total)
     return torch.cat(outputs, 2), torch.cat(sums, 2)
 
 
 def _rows_of_output(
-    q: Tensor, means: Tensor | None, operands: _Prepared, round_p: Round, blocks: tuple[int, int]
+    q: Tensor,
+    means: Tensor | None,
+    operands: _Prepared,
+    rounding: tuple[Round, Round],
+    blocks: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     block_m, block_n = blocks
+    round_p, round_sum = rounding
     highest = q.new_full((*q.shape[:-1], 1), -math.inf)
     total = torch.zeros_like(highest)
     output = torch.zeros_like(q)
@@ -208,7 +229,7 @@ def _rows_of_output(
         new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
         rescale = torch.exp2(highest - new_highest)
         p = torch.exp2(scores - new_highest)
-        total = total * rescale + p.sum(-1, keepdim=True)
+        total = total * rescale + round_sum(p).sum(-1, keepdim=True)
         output = output * rescale + _product(round_p(p), operands.v[..., keys, :])
         highest = new_highest
     return output / total, (highest + total.log2()).squeeze(-1)

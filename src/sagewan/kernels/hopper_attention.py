@@ -1,0 +1,241 @@
+"""Attention with INT8 Q·Kᵀ on Hopper (compute capability 9.0), in CUDA C++ compiled by NVRTC.
+
+The kernel is ``hopper_attention.cu``; this module prepares Q, K and V for it and launches it.
+:func:`sageattn` smooths K; :func:`sageattn_3_fp8` smooths Q and K, rotates both and multiplies P·V
+in FP8. A block of 64 rows shares a scale in either, because the kernel keeps scores as integers
+until the exponential; a scale for each token, as ``sageattn_3`` has it, would cost more there than
+it saves. Head sizes from 72 to 128, padded; no causal order, no dropout, no gradient. After
+FlashAttention-3 (arXiv:2407.08608) and SageAttention2 (arXiv:2411.10958).
+"""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sagewan.errors import ShapeError
+from sagewan.kernels.fp8_attention import E4M3_MAX
+from sagewan.kernels.int8_attention import LOG2E, lists, outputs
+from sagewan.kernels.launch import block_of, check
+from sagewan.kernels.nvrtc import Kernel, tensor_map
+from sagewan.kernels.operators import operator
+from sagewan.kernels.prepare import Recipe, e4m3_columns, int8_rows, mean
+from sagewan.kernels.prepared import Columns, Prepared, Rows
+
+SOURCE = "hopper_attention.cu"
+ROWS_PER_SCALE = 64
+# The head size inside the kernel.
+CHANNELS = 128
+_KEYS, _WARPGROUPS = 128, 2
+_ROWS = 64 * _WARPGROUPS
+
+_THREADS = 128 * (_WARPGROUPS + 1)
+_V_FORMATS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2}
+# A score and a key's bias are counted in the same integer, which holds 2²² of either sign: scores
+# reach 127²·128 < 2²¹, and so may the bias.
+_MOST_BIAS = 2.0**21
+
+
+def defines(v_dtype: torch.dtype) -> dict[str, int]:
+    """What the kernel's source is compiled with for a format of V."""
+    v_format = _V_FORMATS[v_dtype]
+    return {
+        "V_FORMAT": v_format,
+        "WARPGROUPS": _WARPGROUPS,
+        "STAGES": _stages(v_dtype),
+        "SHARED_BYTES": shared_bytes(v_dtype),
+    }
+
+
+def _stages(v_dtype: torch.dtype) -> int:
+    return 3 if v_dtype.itemsize == 2 else 4
+
+
+def shared_bytes(v_dtype: torch.dtype) -> int:
+    """The kernel's ``Shared``: its tiles, where scores start, and barriers."""
+    stages = _stages(v_dtype)
+    k_tile = _KEYS * CHANNELS
+    v_tile = k_tile * v_dtype.itemsize + (8 * _KEYS if v_dtype.itemsize == 1 else 0)
+    starts = _WARPGROUPS * (_KEYS * 8 + 8)
+    barriers = 8 * (1 + 4 * stages)
+    total = _ROWS * CHANNELS + stages * (k_tile + v_tile + starts) + barriers
+    return -(-total // 1024) * 1024
+
+
+@cache
+def _kernel(device: int, v_dtype: torch.dtype) -> Kernel:
+    bytes_ = shared_bytes(v_dtype)
+    with torch.cuda.device(device):
+        return Kernel(SOURCE, "attention", "sm_90a", defines(v_dtype), shared_bytes=bytes_)
+
+
+def sageattn(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """q [B, H, N, D], k and v [B, Hk, M, D], bf16 or fp16, any strides → [B, H, N, D].
+
+    ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
+    Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses, and for other heads
+    than those of 72 to 128 channels.
+    """
+    return _sageattn(q, k, v, scale, return_lse)
+
+
+def sageattn_3_fp8(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`sageattn`, with Q smoothed too, both rotated, and P·V in FP8."""
+    return _sageattn_3_fp8(q, k, v, scale, return_lse)
+
+
+def prepare_sageattn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    k_mean: Tensor | None = None,
+    with_lse: bool = False,
+) -> Prepared[Rows, Tensor]:
+    """The first half of :func:`sageattn`; arguments as
+    :func:`sagewan.kernels.int8_attention.prepare_sageattn`'s. V is copied if its channels are
+    not adjacent in memory or its rows do not begin at multiples of 16 bytes."""
+    _check(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k_mean = mean(k) if k_mean is None else k_mean
+    keys = int8_rows(k, Recipe(block=ROWS_PER_SCALE), minus=k_mean)
+    recipe = Recipe(block=ROWS_PER_SCALE, factor=scale * LOG2E, dot_factor=scale)
+    queries = int8_rows(q, recipe, other=k_mean if with_lse else None)
+    return _prepared(q, k, queries, keys, _copyable(v))
+
+
+def prepare_sageattn_3_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    k_mean: Tensor | None = None,
+    with_lse: bool = False,
+) -> Prepared[Rows, Columns]:
+    """The first half of :func:`sageattn_3_fp8`; arguments as :func:`prepare_sageattn`'s."""
+    _check(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
+    for_keys = Recipe(block=ROWS_PER_SCALE, rotate=True, dot_factor=scale * LOG2E, smooth_dots=True)
+    keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
+    recipe = Recipe(block=ROWS_PER_SCALE, rotate=True, factor=scale * LOG2E, dot_factor=scale)
+    queries = int8_rows(
+        q, recipe, minus=q_mean, other=k_mean if with_lse else None, lowest=_lowest_scale(keys)
+    )
+    return _prepared(q, k, queries, keys, e4m3_columns(v, E4M3_MAX))
+
+
+def _lowest_scale(keys: Rows) -> Tensor:
+    """[B, H] float32: with smaller scales of Q, a key's bias would not fit beside its scores."""
+    assert keys.dots is not None
+    batch, heads, count = keys.dots.shape
+    bias = keys.dots.view(batch, keys.scale.shape[1], -1, count).abs()
+    return (bias / keys.scale.unsqueeze(2)).amax(-1).view(batch, heads) / _MOST_BIAS
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check(q, k, v)
+    if block_of(q.shape[3]) != CHANNELS:
+        raise ShapeError(f"head size {q.shape[3]}: give a multiple of 8 from 72 to {CHANNELS}")
+
+
+def _copyable(v: Tensor) -> Tensor:
+    """V as the copy engine can read it."""
+    aligned = v.data_ptr() % 16 == 0 and all(s * v.element_size() % 16 == 0 for s in v.stride()[:3])
+    return v if aligned and v.stride(3) == 1 else v.contiguous()
+
+
+def _prepared(q: Tensor, k: Tensor, queries: Rows, keys: Rows, v: Any) -> Prepared[Rows, Any]:
+    return Prepared(
+        q=queries,
+        k=keys,
+        v=v,
+        queries=q.shape[2],
+        keys=k.shape[2],
+        head_dim=q.shape[3],
+        dtype=q.dtype,
+    )
+
+
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
+
+
+class _Arguments(ctypes.Structure):
+    """``Arguments`` of the kernel."""
+
+    _fields_ = (
+        *((name, _P) for name in ("q_scale", "q_dots", "k_scale", "k_bias", "v_scale")),
+        *((name, _P) for name in ("blocks", "block_counts", "block_tails", "out", "lse")),
+        *((f"o_{axis}", _L) for axis in "bhnd"),
+        *((name, _I) for name in ("heads", "shared", "count", "count_padded", "keys")),
+        *((name, _I) for name in ("keys_padded", "size", "out_is_half")),
+        *((name, _I) for name in ("block_b", "block_h", "zero")),
+    )
+
+
+def _pointer(x: Any) -> int:
+    return 0 if x is None else int(x.data_ptr())
+
+
+def attend(
+    prepared: Prepared[Rows, Any],
+    *,
+    block_mask: Tensor | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The second half of both modes; arguments as
+    :func:`sagewan.kernels.int8_attention.attend`'s."""
+    q, k = prepared.q, prepared.k
+    columns = prepared.v if isinstance(prepared.v, Columns) else None
+    v = columns.data if columns else prepared.v
+    out, lse = outputs(prepared, out, return_lse=return_lse)
+    batch, heads, count, size = out.shape
+    visits = lists(prepared, block_mask)
+    arguments = _Arguments(
+        q_scale=_pointer(q.scale),
+        q_dots=_pointer(q.dots),
+        k_scale=_pointer(k.scale),
+        k_bias=_pointer(k.dots),
+        v_scale=_pointer(columns.scale if columns else None),
+        blocks=_pointer(visits["blocks"]),
+        block_counts=_pointer(visits["block_counts"]),
+        block_tails=_pointer(visits["block_tails"]),
+        out=_pointer(out),
+        lse=_pointer(lse),
+        **{f"o_{axis}": stride for axis, stride in zip("bhnd", out.stride(), strict=True)},
+        heads=heads,
+        shared=heads // k.data.shape[1],
+        count=count,
+        count_padded=q.data.shape[2],
+        keys=prepared.keys,
+        keys_padded=k.data.shape[2],
+        size=size,
+        out_is_half=int(out.dtype == torch.float16),
+        block_b=visits["block_b"],
+        block_h=visits["block_h"],
+        zero=0,
+    )
+    maps = (
+        tensor_map(q.data.view(-1, CHANNELS), (64, CHANNELS)),
+        tensor_map(k.data.view(-1, CHANNELS), (_KEYS, CHANNELS)),
+        tensor_map(v.view(-1, v.shape[3]), (CHANNELS, _KEYS))
+        if columns
+        else tensor_map(v, (1, 1, _KEYS, 64)),
+    )
+    kernel = _kernel(out.device.index, v.dtype)
+    with torch.cuda.device(out.device):
+        kernel.launch((-(-count // _ROWS), batch * heads), _THREADS, maps, arguments)
+    return out if lse is None else (out, lse)
+
+
+_sageattn = operator("sageattn_hopper", prepare_sageattn, attend)
+_sageattn_3_fp8 = operator("sageattn_3_fp8_hopper", prepare_sageattn_3_fp8, attend)

@@ -16,6 +16,8 @@ from diffusers import (
 from tokenizer import build_tokenizer
 from transformers import UMT5Config, UMT5EncoderModel
 
+from sagewan.evaluate.world import MOTIONS
+
 LATENT_CHANNELS = 24
 SHIFT = 3.0
 LONG_SHIFT = 12.0  # 8,400 tokens repeat what 320 say, so noise must be higher to hide as much
@@ -29,6 +31,7 @@ DEFAULTS = {
     "cfg": 2.5,
     "shift": SHIFT,
     "scheduler": "unipc",
+    "taught": {"objects": 2, "motions": MOTIONS},
 }
 
 

@@ -46,7 +46,7 @@ def test_text_is_512_tokens_and_zero_behind_its_end(shrunken_folder: Folder) -> 
     components = build(plan_for(shrunken_folder("wan2.1-t2v-1.3b")), Launcher())
     with torch.inference_mode(), components.text_encoder.on("cpu") as encoder:
         for text, tokens in (("", 1), ("a small cat", 4), ("cat " * 600, 512)):
-            features = encode_text(text, components.tokenizer, encoder)
+            features = encode_text([text], components.tokenizer, encoder)
             assert features.shape == (1, 512, TEXT_DIM)
             assert not features[:, tokens:].any()
             assert features[0, :tokens].abs().sum(-1).min() > 0

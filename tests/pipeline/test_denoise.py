@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +13,9 @@ from sagewan.attention.launch import Launcher
 from sagewan.errors import Cancelled
 from sagewan.pipeline.build import build
 from sagewan.pipeline.conditions import Conditions, encode
-from sagewan.pipeline.denoise import NotFinite, denoise, expert_of, start
+from sagewan.pipeline.decode import decode, decode_batch
+from sagewan.pipeline.denoise import NotFinite, denoise, expert_of, predict, start
+from sagewan.pipeline.guard import FrameGuard
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import SCHEDULERS
@@ -154,3 +157,26 @@ def test_sixteen_bit_runs_keep_their_latents_in_float32(shrunken_folder: Folder)
     assert rounded.dtype == torch.float32
     assert not torch.equal(rounded.bfloat16().float(), rounded)
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("name", [T2V, "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"])
+def test_a_batch_is_its_videos(name: str, shrunken_folder: Folder) -> None:
+    plan = plan_for(shrunken_folder(name), steps=3)
+    components, conditions = conditioned(plan, Launcher())
+    seeds = (7, 8, 9)
+    alone = [
+        denoise(components, plan, conditions, Watch(), resume=start(plan, (seed,)))
+        for seed in seeds
+    ]
+    together = denoise(components, plan, conditions, Watch(), resume=start(plan, seeds))
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+    points = [(1, together), (2, together * 0.5)]
+    of_batch = predict(components, plan, conditions, points)
+    of_one = predict(components, plan, conditions, [(step, x[1:2]) for step, x in points])
+    for found, expected in zip(of_batch, of_one, strict=True):
+        assert torch.allclose(found[1:2], expected, atol=1e-4)
+    frames = decode_batch(components, plan, together)
+    own = np.stack(list(decode(components, plan, together[2:], FrameGuard())))
+    assert frames.dtype == torch.uint8
+    assert np.abs(frames[2].numpy().astype(int) - own).max() <= 1

@@ -15,6 +15,7 @@ COMMANDS = {
     "ui": "open the app in the browser",
     "generate": "make a video from a prompt",
     "compare": "make one video in several settings, side by side",
+    "evaluate": "say what each attention mode and quantization costs in quality",
     "plan": "say what would run, and what it needs; loads nothing",
     "inspect": "say what a checkpoint is, and what is wrong with it",
     "models": "list the models on this machine",

@@ -1,7 +1,7 @@
 """One flag for each field of a request, matched by name."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +79,13 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         metavar="VIDEO",
         help="take the settings from a video that sagewan made; flags given here override them",
     )
-    for field, flag in FLAGS.items():
-        if field == "prompt":
-            continue
+    add_field_flags(parser, [field for field in FLAGS if field != "prompt"])
+
+
+def add_field_flags(parser: argparse.ArgumentParser, fields: Iterable[str]) -> None:
+    """The flags of these fields; only what is given is set."""
+    for field in fields:
+        flag = FLAGS[field]
         names = [flag_of(field)] + ([f"-{flag.short}"] if flag.short else [])
         if field_types()[field] is bool:
             action = argparse.BooleanOptionalAction
@@ -96,6 +100,12 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def fields_from(arguments: argparse.Namespace, fields: Iterable[str]) -> dict[str, Any]:
+    """The values of these fields' flags, of those that were given. Raises RequestError."""
+    given = vars(arguments)
+    return {field: parsed(field, given[field]) for field in fields if field in given}
+
+
 def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) -> Request:
     """The request that the flags make, on top of the settings in the --from video if there is one.
 
@@ -106,8 +116,7 @@ def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) ->
         from sagewan.pipeline.export import read_settings
 
         values = settings_from_json(read_settings(arguments.from_video))
-    given = vars(arguments)
-    values |= {field: parsed(field, given[field]) for field in FLAGS if field in given}
+    values |= fields_from(arguments, FLAGS)
     if "prompt" not in values:
         if prompt is None:
             raise RequestError('prompt is missing: say what to show, such as "a red ball"')

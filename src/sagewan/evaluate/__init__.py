@@ -1,1 +1,1 @@
-"""What a clip of the demo model should show, what it shows, and how sure that makes us."""
+"""What an attention mode or a quantization costs in quality: clips, scores, bounds, a table."""

@@ -24,7 +24,7 @@ class Times:
     def of(cls, timestep: Tensor, tokens: int) -> "Times":
         """diffusers' ``timestep``: [1], one for all tokens, or [1, tokens]."""
         if timestep.shape[0] != 1:
-            raise ValueError("one video at a time")
+            raise ValueError("all videos of a batch have the same times: give one row of them")
         if timestep.ndim == 1:
             return cls(timestep, (0, tokens))
         values, counts = torch.unique_consecutive(timestep[0], return_counts=True)

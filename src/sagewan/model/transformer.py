@@ -39,8 +39,8 @@ class Transformer:
         encoder_hidden_states_image: Tensor | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
-        """Latents [1, C, F, H, W], times [1] or, for TI2V, [1, tokens], text [1, 512, D] and CLIP's
-        tokens [P, 257, D] → (the prediction [1, C', F, H, W],)."""
+        """Latents [B, C, F, H, W], times [1] or, for TI2V, [1, tokens], text [B, 512, D] and CLIP's
+        tokens [P, 257, D], where B is 1 → (the prediction [B, C', F, H, W],)."""
         if return_dict:
             raise ValueError("return_dict is not taken: the prediction comes in a tuple")
         model = self.model
@@ -69,7 +69,7 @@ class Transformer:
         return embedded, vectors.unflatten(2, (6, -1)), text
 
     def _projected(self, hidden: Tensor, times: Modulation) -> Tensor:
-        """The last norm and projection, [1, N, W] → [1, N, C'·patch]."""
+        """The last norm and projection, [B, N, W] → [B, N, C'·patch]."""
         parts = []
         for start, stop in chunks(hidden.shape[1], self.attention.turn.chunk):
             shift, scale = times.at(start, stop)
@@ -78,9 +78,9 @@ class Transformer:
         return torch.cat(parts, dim=1)
 
     def _unpatched(self, out: Tensor, shape: torch.Size) -> Tensor:
-        """Tokens [1, N, C'·f·h·w] → latents [1, C', F, H, W]."""
+        """Tokens [B, N, C'·f·h·w] → latents [B, C', F, H, W]."""
         patch = self.model.config.patch_size
         counts = [size // step for size, step in zip(shape[2:], patch, strict=True)]
-        pieces = out.reshape(1, *counts, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        pieces = out.reshape(len(out), *counts, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         latents: Tensor = pieces.flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return latents

@@ -7,9 +7,17 @@ _WIDTH, _BAR, _GAP, _LEFT, _RIGHT, _HEAD = 720, 18, 8, 260, 90, 34
 _COLOURS = ("#4f46e5", "#0d9488", "#d97706", "#db2777")
 
 
-def bars(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> str:
+Bounds = tuple[float, float] | None
+
+
+def bars(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    bounds: Mapping[str, Sequence[Bounds]] | None = None,
+) -> str:
     """One group of horizontal bars for each series, a bar for each name; None has no bar. Each
-    group begins at zero and ends at its own largest value."""
+    group begins at zero and ends at its own largest value. ``bounds``, of the same series, are
+    drawn as a line from the lower to the upper one."""
     group = _HEAD + len(names) * (_BAR + _GAP)
     height = group * len(series) + _GAP
     head = (
@@ -20,22 +28,30 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> 
     )
     parts = [head]
     for index, (title, values) in enumerate(series.items()):
-        parts += _group(title, names, values, index * group)
+        drawn = (bounds or {}).get(title, [None] * len(values))
+        parts += _group(title, names, list(zip(values, drawn, strict=True)), index * group)
     return "\n".join((*parts, "</svg>")) + "\n"
 
 
 def _group(
-    title: str, names: Sequence[str], values: Sequence[float | None], top: int
+    title: str, names: Sequence[str], values: Sequence[tuple[float | None, Bounds]], top: int
 ) -> Iterator[str]:
-    most = max((value for value in values if value), default=0.0)
+    ends = [max(value, drawn[1] if drawn else value) for value, drawn in values if value]
+    most = max(ends, default=0.0)
     yield f'<text x="{_GAP}" y="{top + 24}" font-weight="600">{escape(title)}</text>'
-    for row, (name, value) in enumerate(zip(names, values, strict=True)):
+    for row, (name, (value, drawn)) in enumerate(zip(names, values, strict=True)):
         y = top + _HEAD + row * (_BAR + _GAP)
-        length = (_WIDTH - _LEFT - _RIGHT) * (value or 0) / most if most else 0
+        scale = (_WIDTH - _LEFT - _RIGHT) / most if most else 0.0
+        low, high = ((_LEFT + scale * end) for end in drawn or (0, 0))
+        length = scale * (value or 0)
+        end = max(_LEFT + length, high if drawn else 0)
         shown = "–" if value is None else f"{value:.3g}"
         yield (
             f'<text x="{_LEFT - 10}" y="{y + 14}" text-anchor="end">{escape(name)}</text>'
             f'<rect x="{_LEFT}" y="{y}" width="{length:.1f}" height="{_BAR}" rx="3" '
             f'fill="{_COLOURS[row % len(_COLOURS)]}"/>'
-            f'<text x="{_LEFT + length + 6:.1f}" y="{y + 14}">{shown}</text>'
+            f'<text x="{end + 6:.1f}" y="{y + 14}">{shown}</text>'
         )
+        if drawn:
+            middle = y + _BAR // 2
+            yield f'<path d="M{low:.1f} {middle}H{high:.1f}" stroke="#111827" stroke-width="2"/>'

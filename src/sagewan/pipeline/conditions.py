@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 class Conditions:
     """Tensors on the plan's device.
 
-    ``prompt`` and ``negative`` [1, 512, D], the latter None where no step is guided; ``picture``
-    CLIP's tokens [P, 257, D] of P pictures (Wan 2.1); ``latents`` what is known of the video's
-    latents, float32: for Wan 2.1 and A14B the mask and the picture's latents, put beside the
-    noisy ones as channels [1, 4 + C, F, H, W]; for TI2V the first frame's [1, C, 1, H, W].
+    ``prompt`` [1, 512, D], or [B, 512, D] for a batch, and ``negative`` [1, 512, D], the latter
+    None where no step is guided; ``picture`` CLIP's tokens [P, 257, D] of P pictures (Wan 2.1);
+    ``latents`` what is known of the video's latents, float32: for Wan 2.1 and A14B the mask and the
+    picture's latents, put beside the noisy ones as channels [1, 4 + C, F, H, W]; for TI2V the
+    first frame's [1, C, 1, H, W].
     """
 
     prompt: Tensor
@@ -42,10 +43,10 @@ def encode(components: Components, plan: Plan, pictures: "Mapping[str, Image]") 
     ``last_image``, as ``load_picture`` gives them; empty for text to video."""
     device = plan.device.torch_name
     with components.text_encoder.on(device) as encoder:
-        prompt = encode_text(plan.request.prompt, components.tokenizer, encoder)
+        prompt = encode_text([plan.request.prompt], components.tokenizer, encoder)
         negative = None
         if guided(plan.steps):
-            negative = encode_text(plan.negative, components.tokenizer, encoder)
+            negative = encode_text([plan.negative], components.tokenizer, encoder)
     if not pictures:
         return Conditions(prompt=prompt, negative=negative)
     ordered = [pictures[name] for name in ("image", "last_image") if name in pictures]
@@ -77,10 +78,10 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
-def encode_text(text: str, tokenizer: Any, encoder: Any) -> Tensor:
-    """UMT5's features [1, 512, D], zero behind the last token; longer text is cut at 512."""
+def encode_text(texts: Sequence[str], tokenizer: Any, encoder: Any) -> Tensor:
+    """UMT5's features [B, 512, D], zero behind the last token; longer text is cut at 512."""
     tokens = tokenizer(
-        [clean(text)],
+        [clean(text) for text in texts],
         padding="max_length",
         max_length=TEXT_TOKENS,
         truncation=True,

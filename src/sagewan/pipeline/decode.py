@@ -11,6 +11,9 @@ from sagewan.pipeline.conditions import denormalized
 from sagewan.pipeline.guard import FrameGuard
 from sagewan.plan.plan import Plan
 
+# What one call of the decoder may make of several videos: 64 pieces of four frames of 256 × 256.
+_PIXELS = 64 * 4 * 256 * 256
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -30,11 +33,25 @@ def decode(
     with components.vae.on(plan.device.torch_name) as vae:
         for piece in decode_pieces(latents, vae):
             guard.see_values(finite=bool(piece.isfinite().all()))
-            yield from _cropped(_bytes(piece), plan.size).cpu().numpy()
+            yield from _cropped(_bytes(piece), plan.size)[0].cpu().numpy()
+
+
+@torch.inference_mode()
+def decode_batch(components: Components, plan: Plan, latents: Tensor) -> Tensor:
+    """Latents [B, C, F, H, W] → all frames, uint8 RGB [B, T, height, width, 3] on the device: the
+    values that :func:`decode` gives. A few videos are decoded at a time."""
+    width, height = plan.grid_size
+    at_once = max(1, _PIXELS // (width * height * plan.model.temporal))
+    with components.vae.on(plan.device.torch_name) as vae:
+        videos = [
+            torch.cat([_cropped(_bytes(x), plan.size) for x in decode_pieces(part, vae)], dim=1)
+            for part in latents.split(at_once)
+        ]
+    return torch.cat(videos)
 
 
 def decode_pieces(latents: Tensor, vae: Any) -> Iterator[Tensor]:
-    """Float32 pieces [1, 3, f, H, W]; put together, and clamped to −1 … 1, they are
+    """Float32 pieces [B, 3, f, H, W]; put together, and clamped to −1 … 1, they are
     ``vae.decode``'s result. The first latent frame gives one frame, each later one four.
 
     The decoder is causal: between two latent frames it carries on what each of its convolutions
@@ -58,12 +75,12 @@ def decode_pieces(latents: Tensor, vae: Any) -> Iterator[Tensor]:
 
 
 def _bytes(piece: Tensor) -> Tensor:
-    """[1, 3, f, H, W], clamped to −1 … 1 → uint8 [f, H, W, 3], rounded; NaN is black."""
-    levels = (piece[0].clamp(-1, 1).permute(1, 2, 3, 0).float() * 0.5 + 0.5) * 255
+    """[B, 3, f, H, W], clamped to −1 … 1 → uint8 [B, f, H, W, 3], rounded; NaN is black."""
+    levels = (piece.clamp(-1, 1).movedim(1, -1).float() * 0.5 + 0.5) * 255
     return levels.nan_to_num(0).round().to(torch.uint8)
 
 
 def _cropped(frames: Tensor, size: tuple[int, int]) -> Tensor:
     width, height = size
-    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
-    return frames[:, top : top + height, left : left + width]
+    top, left = (frames.shape[-3] - height) // 2, (frames.shape[-2] - width) // 2
+    return frames[..., top : top + height, left : left + width, :]

@@ -1,7 +1,7 @@
 """Noise → latents: the loop over the steps, for every Wan model."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,8 @@ def denoise(
     *,
     resume: Snapshot | None = None,
 ) -> Tensor:
-    """The video's latents, float32 [1, C, F, H, W] on the plan's device.
+    """The video's latents, float32 [1, C, F, H, W] on the plan's device; of B videos at once, if
+    the snapshot to begin with and the conditions are of B.
 
     Noise comes from the plan's seed, drawn on the CPU in float32, so it is the same on every
     device. Raises NotFinite after a step that gave NaN or infinite values, and RowFailed within a
@@ -92,10 +93,30 @@ def denoise(
     return _with_first_frame(latents, plan, conditions)
 
 
-def start(plan: Plan) -> Snapshot:
-    """The noise of the plan's seed, before the first step."""
-    generator = torch.Generator("cpu").manual_seed(plan.seed)
-    latents = torch.randn(latent_shape(plan), generator=generator, dtype=torch.float32)
+@torch.inference_mode()
+def predict(
+    components: Components, plan: Plan, conditions: Conditions, points: Sequence[tuple[int, Tensor]]
+) -> list[Tensor]:
+    """The flow that the transformer predicts, without guidance, for each (step from 0, latents
+    [B, C, F, H, W] as they are before it). Raises ImplementationError."""
+    turn = Turn(plan.attention, plan.steps.count, lambda: None)
+    times = start(plan).sampler.times
+    with components.attention.during(turn), _experts(components, plan) as expert:
+        found = []
+        for step, latents in points:
+            turn.step, time = step, times[step]
+            forward = _Forward(expert(expert_of(float(time), plan)), plan, conditions)
+            found.append(forward.guided(latents, time, 1.0))
+        return found
+
+
+def start(plan: Plan, seeds: Sequence[int] = ()) -> Snapshot:
+    """The noise of the plan's seed, before the first step; of several seeds, their noises in one
+    batch, each the one it has alone. What ``lcm`` adds later comes from the first seed's generator.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds or (plan.seed,)]
+    shape, generator = latent_shape(plan), generators[0]
+    latents = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
     device = plan.device.torch_name
     sampler = make_sampler(
         plan.steps.scheduler,
@@ -167,7 +188,7 @@ class _Forward:
         prediction: Tensor = self.transformer(
             hidden_states=self._inputs(latents).to(dtype),
             timestep=self._times(latents, time),
-            encoder_hidden_states=text.to(dtype),
+            encoder_hidden_states=text.to(dtype).expand(len(latents), -1, -1),
             encoder_hidden_states_image=None if picture is None else picture.to(dtype),
             return_dict=False,
         )[0]

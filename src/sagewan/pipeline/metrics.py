@@ -1,4 +1,4 @@
-"""How alike two videos are: PSNR and SSIM, in numpy, frame by frame."""
+"""How alike two videos are: PSNR and SSIM, frame by frame, or of whole batches on a device."""
 
 import math
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from sagewan.errors import ShapeError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 PEAK = 255.0
 # The window and the two constants of Wang, Bovik, Sheikh, Simoncelli: Image quality assessment,
@@ -60,60 +61,74 @@ def likeness(
     if not errors:
         raise ShapeError("a video without frames can't be compared")
     count = len(errors)
-    return Likeness(_decibels(sum(errors) / count), sum(similarities) / count, count)
+    return Likeness(decibels(sum(errors) / count), sum(similarities) / count, count)
 
 
 def psnr(image: "NDArray[np.uint8]", other: "NDArray[np.uint8]") -> float:
     """Peak signal-to-noise ratio in dB of two uint8 arrays of one shape; infinite if equal."""
-    return _decibels(mean_square(image, other))
+    return decibels(mean_square(image, other))
 
 
 def mean_square(image: "NDArray[np.uint8]", other: "NDArray[np.uint8]") -> float:
     """The mean squared difference of two uint8 arrays. Raises ShapeError for unequal shapes."""
-    import numpy as np
-
-    _check_shapes(image, other)
-    return float(np.square(image.astype(np.float32) - other.astype(np.float32)).mean())
+    return float(square_errors(*_tensors(image, other)).mean())
 
 
 def ssim(image: "NDArray[np.uint8]", other: "NDArray[np.uint8]") -> float:
-    """Structural similarity of two RGB pictures, uint8 [H, W, 3], on luma: the mean over every
-    place where the 11×11 Gaussian window fits; on a side below 11 pixels, the window is that
-    long. Raises ShapeError for unequal shapes."""
-    import numpy as np
+    """Structural similarity of two RGB pictures, uint8 [H, W, 3]; see :func:`similarities`. Raises
+    ShapeError for unequal shapes."""
+    return float(similarities(*_tensors(image, other)))
 
-    _check_shapes(image, other)
-    weights = np.asarray(_LUMA, dtype=np.float64)
-    x, y = image.astype(np.float64) @ weights, other.astype(np.float64) @ weights
+
+def square_errors(frames: "Tensor", others: "Tensor") -> "Tensor":
+    """Squared differences, float64 [...], the mean of each picture of uint8 [..., H, W, 3]."""
+    return (frames.double() - others.double()).square().mean((-1, -2, -3))
+
+
+def similarities(frames: "Tensor", others: "Tensor") -> "Tensor":
+    """Structural similarity on luma, float64 [...], of each picture of uint8 RGB [..., H, W, 3]:
+    the mean over every place where the 11×11 Gaussian window fits; on a side below 11 pixels, the
+    window is that long."""
+    x, y = _luma(frames), _luma(others)
     mean_x, mean_y = _blurred(x), _blurred(y)
     variance_x = _blurred(x * x) - mean_x**2
     variance_y = _blurred(y * y) - mean_y**2
     covariance = _blurred(x * y) - mean_x * mean_y
     alike = (2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)
     scale = (mean_x**2 + mean_y**2 + _C1) * (variance_x + variance_y + _C2)
-    return float((alike / scale).mean())
+    return (alike / scale).mean((-1, -2))
 
 
-def _check_shapes(image: "NDArray[np.uint8]", other: "NDArray[np.uint8]") -> None:
+def decibels(error: float) -> float:
+    """PSNR of a mean squared difference; infinite for none."""
+    return math.inf if error == 0 else 10 * math.log10(PEAK**2 / error)
+
+
+def _tensors(image: "NDArray[np.uint8]", other: "NDArray[np.uint8]") -> "tuple[Tensor, Tensor]":
+    import torch
+
     if image.shape != other.shape:
         raise ShapeError(
             f"pictures of {image.shape} and {other.shape} can't be compared: make both one size"
         )
+    # Copies: frames may be read-only, which torch warns of, or flipped, which it refuses.
+    return torch.from_numpy(image.copy()), torch.from_numpy(other.copy())
 
 
-def _decibels(error: float) -> float:
-    return math.inf if error == 0 else 10 * math.log10(PEAK**2 / error)
+def _luma(frames: "Tensor") -> "Tensor":
+    red, green, blue = frames.double().unbind(-1)
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
-def _blurred(plane: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    """[H, W] → the weighted means of the Gaussian window, only where it fits whole."""
+def _blurred(plane: "Tensor") -> "Tensor":
+    """[..., H, W] → the weighted means of the Gaussian window, only where it fits whole."""
     for _ in range(2):
-        window = _window(min(_TAPS, len(plane)))
-        kept = len(plane) - len(window) + 1
-        blurred = window[0] * plane[:kept]
+        window = _window(min(_TAPS, plane.shape[-2]))
+        kept = plane.shape[-2] - len(window) + 1
+        blurred = window[0] * plane[..., :kept, :]
         for at, weight in enumerate(window[1:], start=1):
-            blurred += weight * plane[at : at + kept]
-        plane = blurred.T
+            blurred.add_(plane[..., at : at + kept, :], alpha=weight)
+        plane = blurred.mT
     return plane
 
 

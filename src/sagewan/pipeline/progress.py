@@ -102,6 +102,12 @@ class Watch:
         child.stop_when(self._is_stopped)
         return child
 
+    def silent(self) -> "Watch":
+        """A watch that tells nobody of its stages, and is cancelled with this one."""
+        child = Watch()
+        child.stop_when(self._is_stopped)
+        return child
+
     def _is_stopped(self) -> bool:
         try:
             self.check()

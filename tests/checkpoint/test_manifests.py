@@ -147,6 +147,10 @@ def test_a_transformer_of_full_size(name: str, file: str, tmp_path: Path) -> Non
     found = inspect(path)
     assert found.problems == []
     assert found.name == name
+    # Of one file nothing tells whether it is Wan 2.1's or an expert of Wan 2.2's; that is said.
+    assert any("is taken for wan2.1-t2v-14b" in note for note in found.notes) == (
+        name == "wan2.1-t2v-14b"
+    )
     matrix = source.read("blocks.7.ffn.net.0.proj.weight")
     shape = load(name)["blocks.7.ffn.net.0.proj.weight"]
     assert matrix.shape == shape

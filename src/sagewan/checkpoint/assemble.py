@@ -1,6 +1,7 @@
 """A model from a single file, or from files in other layouts than diffusers': its transformers are
 given, its other parts are looked for."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, VAE
 from sagewan.checkpoint.source import Source
 from sagewan.checkpoint.tokenizer import has_tokenizer
 from sagewan.errors import CheckpointError
-from sagewan.plan.models import Model
+from sagewan.plan.models import PUBLISHED, Model
 
 # Where the second expert of Wan 2.2 A14B begins (github.com/Wan-Video/Wan2.2, wan/configs).
 _BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}
@@ -65,10 +66,23 @@ def _described(experts: Experts, vae: dict[str, Any], vae_path: Path, name: str)
     )
     model = replace(model_of(traits, name), quantized=quantized_as(experts.sources[0]))
     near = nearest(model)
-    notes = experts.notes
-    if not is_published(model, near):
-        notes = (*notes, f"its size is of no published model: it samples as {near.name} does")
+    notes = (*experts.notes, *_guesses(model, near))
     return replace(model, family=near.family, sampling=near.sampling, notes=notes)
+
+
+def _guesses(model: Model, near: Model) -> Iterator[str]:
+    """What nothing in the files tells, and what was made of it."""
+    if not is_published(model, near):
+        yield f"its size is of no published model: it samples as {near.name} does"
+        return
+    twins = [
+        one.name for one in PUBLISHED.values() if one.experts == 2 and is_published(model, one)
+    ]
+    if model.experts == 1 and twins:
+        yield (
+            f"it is taken for {near.name}: one expert of {twins[0]} has the same shape, and is "
+            "known by high or low in its name"
+        )
 
 
 def _with_parts(experts: Experts, path: Path, name: str) -> Model:

@@ -127,8 +127,15 @@ WRITERS: dict[str, tuple[str, Callable[[Shapes, Path], None]]] = {
 }
 
 
-@pytest.mark.parametrize("file", WRITERS)
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *((name, "plain.safetensors") for name in PUBLISHED),
+        *((name, file) for name in ("wan2.1-i2v-14b", "wan2.2-t2v-a14b") for file in WRITERS),
+        ("wan2.1-t2v-14b", "kijai.safetensors"),
+        ("wan2.2-ti2v-5b", "q4_k.gguf"),
+    ],
+)
 def test_a_transformer_of_full_size(name: str, file: str, tmp_path: Path) -> None:
     kind, write = WRITERS[file]
     path = tmp_path / file

@@ -78,7 +78,7 @@ EN: Mapping[str, str] = {
     "info.quantization": "How the weights are stored and multiplied.",
     "info.lora": "From the folder loras in the models folder.",
     "info.lora.strength": "One for each, such as 1, 0.8.",
-    "info.block_swap": "How many blocks wait in host memory. auto: as many as the plan says.",
+    "info.block_swap": "How many blocks wait in host memory, at least. Empty: as many as the plan says.",
     "info.cache": "Leaves out steps that would change little.",
     "info.steps": "More is slower and finer.",
     "info.cfg": "How closely the prompt is followed; 1 turns it off and halves the time.",

@@ -78,7 +78,7 @@ ZH: Mapping[str, str] = {
     "info.quantization": "权重如何存放和相乘。",
     "info.lora": "来自模型文件夹中的 loras 文件夹。",
     "info.lora.strength": "每个一个，例如 1, 0.8。",
-    "info.block_swap": "有多少个块放在内存里等待。auto：由计划决定。",
+    "info.block_swap": "至少有多少个块放在内存里等待。留空：由计划决定。",
     "info.cache": "跳过变化很小的步。",
     "info.steps": "越多越慢，也越精细。",
     "info.cfg": "多大程度遵循提示词；1 表示关闭，时间减半。",

@@ -327,7 +327,8 @@ def test_columns_of_v_in_nvfp4_run_along_the_keys() -> None:
     codes = torch.stack((columns.data & 15, columns.data >> 4), -1).flatten(-2).long()
     sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = sizes[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
-    scales = columns.scales.view(torch.float8_e4m3fn).float().repeat_interleave(16, -1)
+    together = columns.scales.view(torch.float8_e4m3fn).float()
+    scales = together.transpose(2, 3).flatten(-2).repeat_interleave(16, -1)
     found = (values * scales * columns.scale[..., None]).mT
     assert torch.equal(found[:, :, :75], emulation._nvfp4_columns(v))
 

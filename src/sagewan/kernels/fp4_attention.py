@@ -172,6 +172,12 @@ _sageattn_3_fp4 = operator("sageattn_3_fp4", prepare_sageattn_3_fp4, attend)
 
 
 @triton.jit
+def _group_of(key, SIZE: tl.constexpr = BLOCK):
+    """The block of a key, and its group of 16 within it."""
+    return key // SIZE, key % SIZE // 16
+
+
+@triton.jit
 def _step(
     acc, total, highest, reference,  # [M, D'], [M], [M], [M]
     q, q_scales, q_scale,  # [M, D'/2] and [M, D'/16], or [M, D'] float16; one number
@@ -207,9 +213,12 @@ def _step(
     p_tile, p_codes = nvfp4(p, NATIVE, False, BLOCK_M, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
     pairs = start // 2 + tl.arange(0, BLOCK_N // 2)
-    groups = start // 16 + tl.arange(0, BLOCK_N // 16)
+    block, group = _group_of(start)
     v_tile = tl.load(v + channels[:, None] * (keys_padded // 2) + pairs[None, :])
-    v_codes = tl.load(v_scales + channels[:, None] * (keys_padded // 16) + groups[None, :])
+    groups = group + tl.arange(0, BLOCK_N // 16)
+    v_codes = tl.load(
+        v_scales + (block * BLOCK_D + channels)[:, None] * (_BLOCK // 16) + groups[None, :]
+    )
     acc *= rescale[:, None]
     if NATIVE:
         acc = tl.dot_scaled(
@@ -227,7 +236,7 @@ def _kernel(
     q, q_scales, q_scale,  # [B·H, N', D'/2], [B·H, N', D'/16] uint8, [B·H, N'/128]
     q_dots,  # [B·H, N'] or None
     k, k_scales, k_scale,  # [B·Hk, M', D'/2], [B·Hk, M', D'/16] uint8, [B·Hk, M'/128]
-    v, v_scales, v_scale,  # [B·Hk, D', M'/2], [B·Hk, D', M'/16] uint8, [B·Hk, D']
+    v, v_scales, v_scale,  # [B·Hk, D', M'/2], [B·Hk, M'/128, D', 8] uint8, [B·Hk, D']
     correction,  # [B·H, correction_blocks, M'] float32
     o, o_b, o_h, o_n, o_d,  # [B, H, N, D]
     lse,  # [B·H, N] or None

@@ -113,7 +113,9 @@ def fp4_columns(v: Tensor) -> Fp4Columns:
         scale = torch.nn.functional.pad(scale, (0, block - scale.shape[-1]), value=1.0)
     columns = Fp4Columns(
         data=v.new_empty(batch, heads, block, padded // 2, dtype=torch.uint8),
-        scales=v.new_empty(batch, heads, block, padded // 16, dtype=torch.uint8),
+        scales=v.new_empty(
+            batch, heads, padded // PADDING, block, PADDING // 16, dtype=torch.uint8
+        ),
         scale=scale,
     )
     arguments = {
@@ -126,6 +128,7 @@ def fp4_columns(v: Tensor) -> Fp4Columns:
         "padded": padded,
         "size": size,
         "NATIVE": is_native(compute_capability(v.device)),
+        "TOGETHER": PADDING,
         "BLOCK_R": _KEYS,
         "BLOCK_D": block,
     }
@@ -223,10 +226,10 @@ def _rows_kernel(
 def _columns_kernel(
     v, v_b, v_h, v_n, v_d,  # [B, Hk, M, D]
     data,  # [B·Hk, D', M'/2] uint8
-    scales,  # [B·Hk, D', M'/16] uint8
+    scales,  # [B·Hk, M'/128, D', 8] uint8
     scale,  # [B·Hk, D'] float32
     heads, count, padded, size,
-    NATIVE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    NATIVE: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -236,9 +239,12 @@ def _columns_kernel(
     values = tl.trans(tile.to(tl.float32)) * (1.0 / tl.load(scale + place))[:, None]
     packed, codes = nvfp4(values, NATIVE, True, BLOCK_D, BLOCK_R)
     pairs = block * (BLOCK_R // 2) + tl.arange(0, BLOCK_R // 2)
-    groups = block * (BLOCK_R // 16) + tl.arange(0, BLOCK_R // 16)
     tl.store(data + place[:, None] * (padded // 2) + pairs[None, :], packed)
-    tl.store(scales + place[:, None] * (padded // 16) + groups[None, :], codes)
+    start = block * BLOCK_R
+    own = head.to(tl.int64) * (padded // TOGETHER) + start // TOGETHER
+    groups = start % TOGETHER // 16 + tl.arange(0, BLOCK_R // 16)
+    at = (own * BLOCK_D + channels)[:, None] * (TOGETHER // 16) + groups[None, :]
+    tl.store(scales + at, codes)
 
 
 @triton.jit(do_not_specialize=(*VARYING, "first", "blocks"))

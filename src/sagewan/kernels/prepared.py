@@ -66,10 +66,11 @@ class Fp4Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Fp4Columns:
-    """V as NVFP4, transposed: 16 keys of channel d are ``data[d] · scales[d] · scale[d]``.
+    """V as NVFP4, transposed: 16 keys of channel d are ``data[d] · scales[:, d] · scale[d]``.
 
-    data [B, Hk, D', M'/2] uint8 and scales [B, Hk, D', M'/16] uint8 as in :class:`Fp4Rows`; scale
-    [B, Hk, D'] float32, powers of two.
+    data [B, Hk, D', M'/2] uint8 and scales [B, Hk, M'/128, D', 8] uint8 as in :class:`Fp4Rows`, the
+    scales of 128 keys together, so that they are read in one piece; scale [B, Hk, D'] float32,
+    powers of two.
     """
 
     data: Tensor

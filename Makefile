@@ -45,7 +45,7 @@ triton-versions: .venv/ready
 	  folder=.venv/triton-$$version; \
 	  test -d $$folder || $(BIN)/python -m pip install --quiet --no-deps --target $$folder \
 	    triton==$$version || exit 1; \
-	  PYTHONPATH=$$folder $(BIN)/pytest tests/kernels/test_ahead.py || exit 1; \
+	  PYTHONPATH=$$folder $(BIN)/pytest tests/kernels/test_ahead.py tests/kernels/test_ahead_linear.py || exit 1; \
 	done
 
 .venv/ready: pyproject.toml constraints.txt

@@ -16,6 +16,7 @@ from sagewan.plan.serialize import plan_to_json
 from sagewan.plan.weights import weight_bytes
 from tests.machines import DEMO, WAN_14B, machine
 
+_FP8 = ("torch.fp8_rows", "torch.fp8_rows_of_nvfp4")
 PACKAGES = {"triton": "3.6", "comfy_kitchen": "0.2.40"}
 
 
@@ -128,6 +129,8 @@ def test_bytes_of_the_quantised_14b(format_: str, share: float, name: str) -> No
 def test_files_that_are_quantised_stay_so() -> None:
     model = replace(WAN_14B, quantized="nvfp4")
     assert planned("4090", model=model).weights.format == "nvfp4"
+    unproven = {row.name for row in planned("4090", model=model).weights.unproven}
+    assert unproven == {"sagewan.thin", "sagewan.nvfp4_unpacked", *_FP8}
     asked = planned("4090", model=model, quantization="fp8_scaled")
     assert asked.weights.format == "nvfp4"
     assert any("would lose twice" in note for note in asked.notes)

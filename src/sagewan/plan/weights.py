@@ -127,7 +127,9 @@ def plan_weights(request: Request, preset: Preset | None, situation: Situation) 
     rows = tuple((f, role, row) for f, role, row, _ in found)
     used = format_ or (None if unpacks else own)
     main = [entry for entry in found if entry[0] == _kind(used) and entry[1] in policy.stored]
-    unproven = {row for *_, row, _ in main if not row.trusted and _untested(row, situation)}
+    # A file may hold other matrices quantised too, in other formats: all that may run is proved.
+    may_run = found if own and not unpacks else main
+    unproven = {row for *_, row, _ in may_run if not row.trusted and _untested(row, situation)}
     refused = next((r for _, role, _, r in main if role == Role.FEED_FORWARD), ())
     return WeightsPlan(
         requested=requested,

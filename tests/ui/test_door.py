@@ -45,7 +45,7 @@ def test_a_visitor_keeps_one_name_and_others_have_others() -> None:
 def test_the_cookie_is_not_for_scripts_nor_for_other_sites() -> None:
     cookie = door().get("/").headers["set-cookie"]
     assert "HttpOnly" in cookie
-    assert "SameSite=Strict" in cookie
+    assert "SameSite=Lax" in cookie
 
 
 @pytest.mark.parametrize("sent", ["x", "../../etc", "0" * 31, "Z" * 32, 'a"; x="b'])

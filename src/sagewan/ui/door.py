@@ -89,8 +89,9 @@ def _complete(message: Message, new: str | None) -> None:
     for name, value in _HEADERS.items():
         headers.setdefault(name, value)
     if new:
+        # Lax: a link to this page from elsewhere brings the cookie along, a form there does not.
         headers.append(
-            "set-cookie", f"{COOKIE}={new}; Max-Age={_YEAR}; Path=/; HttpOnly; SameSite=Strict"
+            "set-cookie", f"{COOKIE}={new}; Max-Age={_YEAR}; Path=/; HttpOnly; SameSite=Lax"
         )
 
 

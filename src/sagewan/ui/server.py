@@ -107,7 +107,7 @@ def _choose_language(language: str) -> Response:
     if language not in LANGUAGES:
         return Response(status_code=404)
     answer = RedirectResponse(f"/{language}/")
-    answer.set_cookie(_LANGUAGE_COOKIE, language, max_age=_YEAR, samesite="strict")
+    answer.set_cookie(_LANGUAGE_COOKIE, language, max_age=_YEAR, samesite="lax")
     return answer
 
 

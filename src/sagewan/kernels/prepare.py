@@ -25,6 +25,9 @@ _ROWS = 64
 # Blocks of rows that share one rotation matrix, which takes longer to make than to use.
 _BLOCKS = 8
 _MAX_ROTATION = 128
+SAMPLED_FROM = 8192
+# It divides the width of hardly any video, so that the sample has all columns.
+_EVERY = 7
 _SCHEDULE = Schedule(warps=8)
 # Reading is all that a reduction does: it asks ahead.
 _REDUCTION = Schedule(warps=8, stages=3)
@@ -47,17 +50,20 @@ class Recipe:
 
 
 def mean(x: Tensor) -> Tensor:
-    """[B, H, N, D] → its mean over N, [B, H, D'] float32, padded by zeros."""
+    """[B, H, N, D] → its mean over N, [B, H, D'] float32, padded by zeros; of a long sequence, the
+    mean of its sample."""
     total, count = sum_and_count(x)
     return total.div_(count)
 
 
 def sum_and_count(x: Tensor) -> tuple[Tensor, int]:
-    """[B, H, N, D] → its sum over N, [B, H, D'] float32, padded by zeros, and N.
+    """[B, H, N, D] → its sum over N, [B, H, D'] float32, padded by zeros, and N; of
+    ``SAMPLED_FROM`` tokens and more, of every seventh, because any vector may be subtracted.
 
     Where several devices hold parts of K, the sums and the counts of all, added up, give the mean
     that each must subtract; it is passed on as ``k_mean``.
     """
+    x = x[:, :, ::_EVERY] if x.shape[2] >= SAMPLED_FROM else x
     return _reduce(x, largest=False).sum(2), x.shape[2]
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sagewan.kernels.launch import Schedule, block_of, launch, strided
+from sagewan.kernels.launch import VARYING, Schedule, block_of, launch, strided
 from sagewan.kernels.prepared import PADDING, Columns, Rows
 
 _CHUNKS = 32
@@ -187,7 +187,7 @@ def load_rows(
     return tl.load(x + base + offsets, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _reduce_kernel(
     x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
     partial,  # [B·H, chunks, D'] float32
@@ -238,7 +238,7 @@ def _store_dots(
         tl.store(dots + (head * EACH + i).to(tl.int64) * padded + rows, dot)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _int8_rows_kernel(
     x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
     minus,  # [B·H, D'] float32, or None
@@ -296,7 +296,7 @@ def _int8_rows_kernel(
         tl.store(data + place, quantised.to(tl.int8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _e4m3_columns_kernel(
     v, v_b, v_h, v_n, v_d,  # [B, Hk, M, D]
     data,  # [B·Hk, D', M'] float8_e4m3fn

@@ -42,6 +42,7 @@ def take(page: Page, folder: Path) -> None:
     """Go through the app once, with a picture at each place."""
 
     def shot(name: str, **options: Any) -> None:
+        page.evaluate("window.scrollTo(0, 0)")
         page.wait_for_timeout(700)
         save(page.screenshot(**options), folder / f"app-{name}.webp")
 

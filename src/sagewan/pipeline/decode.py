@@ -11,8 +11,8 @@ from sagewan.pipeline.conditions import denormalized
 from sagewan.pipeline.guard import FrameGuard
 from sagewan.plan.plan import Plan
 
-# What one call of the decoder may make of several videos: 64 pieces of four frames of 256 × 256.
-_PIXELS = 64 * 4 * 256 * 256
+# What one call of the decoder may make of several videos: 16 pieces of four frames of 256 × 256.
+_PIXELS = 16 * 4 * 256 * 256
 
 if TYPE_CHECKING:
     import numpy as np

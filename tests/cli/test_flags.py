@@ -57,6 +57,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "attention_ends": ("sdpa:2,1", Ends(mode="sdpa", first=2, last=1)),
     "attention_keep_layers": ("39,0", (0, 39)),
     "quantization": ("fp8_scaled", "fp8_scaled"),
+    "block_swap": ("20", 20),
     "lora": (
         "high=a.safetensors:0.5",
         (Lora(path=Path("a.safetensors"), strength=0.5, expert="high"),),

@@ -69,7 +69,7 @@ def test_chunks_cover_every_token_once_and_are_even(tokens: int, size: int) -> N
 def test_each_token_gets_the_vectors_of_its_time(times: list[float], data: st.DataObject) -> None:
     timestep = torch.tensor([times])
     found = Times.of(timestep, len(times))
-    vectors = found.values[None, :, None, None].expand(1, -1, 2, 3)
+    vectors = found.values[:, :, None, None].expand(1, -1, 2, 3)
     start = data.draw(st.integers(0, len(times) - 1))
     stop = data.draw(st.integers(start + 1, len(times)))
     for vector in Modulation(vectors, found.bounds).at(start, stop):

@@ -90,11 +90,11 @@ def test_only_one_part_is_in_memory_at_a_time(
     on, present, most, order = Part.on, set(), [], []
 
     @contextmanager
-    def counted(self: Part, device: str) -> Any:
+    def counted(self: Part, place: object, **more: object) -> Any:
         order.append(self.name)
         present.add(self.name)
         most.append(len(present))
-        with on(self, device) as module:
+        with on(self, place, **more) as module:
             yield module
         present.discard(self.name)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from sagewan.attention.launch import Launcher
+from sagewan.model.vae import decode_pieces
 from sagewan.pipeline.build import build
 from sagewan.pipeline.conditions import denormalized
-from sagewan.pipeline.decode import decode, decode_pieces
+from sagewan.pipeline.decode import decode
 from sagewan.pipeline.guard import FrameGuard
 from sagewan.plan.plan import Plan
 from tests.pipeline.runs import plan_for
@@ -35,7 +36,7 @@ def test_pieces_together_are_what_the_vae_decodes_at_once(
     latents = noise(plan)
     with build(plan, Launcher()).vae.on("cpu") as vae:
         whole = vae.decode(denormalized(latents, vae)).sample
-        pieces = list(decode_pieces(latents, vae))
+        pieces = list(decode_pieces(denormalized(latents, vae), vae))
     assert [piece.shape[2] for piece in pieces] == [1, 4, 4, 4]
     assert torch.equal(torch.cat(pieces, 2).clamp(-1, 1), whole)
 

@@ -130,7 +130,9 @@ def test_each_expert_takes_its_steps(
     from sagewan.pipeline.build import Part
 
     on = Part.on
-    monkeypatch.setattr(Part, "on", lambda self, d: launched.append(self.name) or on(self, d))
+    monkeypatch.setattr(
+        Part, "on", lambda self, *a, **k: launched.append(self.name) or on(self, *a, **k)
+    )
     latents_of(plan)
     names = [name for name in launched if name.startswith("transformer")]
     expected = {0.0: [1, 0], 0.9: [1, 1], 1.0: [0, 1]}[boundary]

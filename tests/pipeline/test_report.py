@@ -53,8 +53,14 @@ def test_a_report_on_a_gpu() -> None:
     }
     assert report["memory"] == {
         "peak_device_bytes": 99,
+        "planned_device_bytes": plan.memory.device_peak,
+        "peak_host_bytes": None,
+        "planned_host_bytes": plan.memory.host_peak,
         "resident_blocks": 40,
         "swapped_blocks": 0,
+        "pinned_bytes": 0,
+        "unpinned_blocks": 0,
+        "notes": [],
     }
     assert report["timings"] == {
         "stages": {"load": 1.0, "denoise": 3.0},

@@ -381,6 +381,7 @@ def test_out_of_memory_is_one_sentence(
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", full)
     else:
         monkeypatch.setattr(decode, "decode_pieces", full)
+        monkeypatch.setattr(decode, "decode_tiles", full)
     with pytest.raises(UnsupportedError, match=r"ran out of memory .*20 GiB\..*--frames"):
         generate(small(tmp_path))
     assert list(tmp_path.iterdir()) == []
@@ -388,7 +389,9 @@ def test_out_of_memory_is_one_sentence(
 
 def test_memory_can_really_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Launcher, "attend", lambda *_: torch.empty(1 << 60))
-    with pytest.raises(UnsupportedError, match=r"ran out of memory \(RuntimeError: .*"):
+    with pytest.raises(
+        UnsupportedError, match=r"the host ran out of memory in denoise \(RuntimeError: .*"
+    ):
         generate(small(tmp_path))
 
 

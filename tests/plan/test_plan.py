@@ -146,13 +146,6 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_named() -> None:
         hardware.device("cuda")
 
 
-def test_a_model_that_can_not_fit_the_card_is_told_before_it_loads() -> None:
-    request, hardware = Request(prompt="x", quantization="none"), machine("4090")
-    notes = make_plan(request, WAN_14B, hardware, Evidence()).notes
-    assert any("weights alone take 26.6 GiB" in note and "23.0 GiB free" in note for note in notes)
-    assert not any("fit" in note for note in plan_for(WAN_14B).notes)
-
-
 @pytest.mark.parametrize(
     ("fields", "note"),
     [

@@ -37,6 +37,9 @@ FLAGS: Mapping[str, Flag] = {
     "quantization": Flag(
         "Q", f"how the transformer's weights are kept: {', '.join(QUANTIZATIONS)} (auto)", "q"
     ),
+    "block_swap": Flag(
+        "N", "blocks that wait in host memory, at least; more where the card needs it (auto)"
+    ),
     "lora": Flag(
         "FILE[:S]",
         "a LoRA, with a strength if not 1; may be repeated. For one expert of Wan 2.2 A14B: "

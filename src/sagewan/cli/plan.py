@@ -2,14 +2,19 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 
 from sagewan.cli.flags import add_request_flags, request_from
-from sagewan.cli.show import counted
+from sagewan.cli.show import counted, duration
 from sagewan.plan.attention import Choice
 from sagewan.plan.hardware import GIB
 from sagewan.plan.plan import Plan
 from sagewan.plan.pretend import CARDS, pretend
 from sagewan.plan.serialize import plan_to_json
+from sagewan.plan.speed import estimated_seconds
+
+# Smaller lines of a sum are left out, in bytes.
+_SHOWN = GIB // 200
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_flags(parser)
     parser.add_argument("--json", action="store_true", help="for scripts")
     parser.add_argument("--vram", type=float, metavar="GIB", help="as if the GPU had this memory")
+    parser.add_argument("--ram", type=float, metavar="GIB", help="as if the host had this memory")
     parser.add_argument("--gpu", metavar="NAME", help=f"as if it were a {', '.join(CARDS)}")
 
 
@@ -26,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sagewan.pipeline.probe import probe
 
     here = probe()
-    hardware = pretend(here, gpu=arguments.gpu, vram=arguments.vram)
+    hardware = pretend(here, gpu=arguments.gpu, vram=arguments.vram, ram=arguments.ram)
     request = request_from(arguments, prompt=ANY_PROMPT)
     plan = draft_plan(request, hardware, real=hardware is here)
     if arguments.json:
@@ -67,16 +73,58 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         for step in plan.attention.fallbacks
     ]
     rows += [("", f"{row.name} is tested before the run") for row in plan.attention.unproven]
-    rows.append(("weights", _memory(plan)))
+    rows.append(("weights", _weights(plan)))
     if plan.weights.main:
         main = plan.weights.main
         rows.append(("", f"{plan.weights.format}, multiplied by {main.name} ({main.compute})"))
         rows += [("", f"{row.name} is tested before the run") for row in plan.weights.unproven]
+    rows += [("memory" if first else "", text) for first, text in _first(_memory(plan))]
+    seconds = estimated_seconds(plan)
+    if seconds is not None:
+        rows.append(("time", f"about {duration(seconds)}, by the card's listed rates"))
     rows += [("note", note) for note in plan.notes]
     return rows
 
 
-def _memory(plan: Plan) -> str:
+def _memory(plan: Plan) -> Iterator[str]:
+    """What was decided, and the sum of each stage, in GiB."""
+    memory = plan.memory
+    yield ", ".join(_decided(plan))
+    for stage in memory.stages:
+        parts = [
+            f"{item.name} {item.device / GIB:.2f}"
+            for item in stage.items
+            if item.device >= _SHOWN and memory.on_device
+        ]
+        text = f"{stage.name}: "
+        if memory.on_device:
+            text += f"{stage.device / GIB:.2f} GiB on the card ({', '.join(parts)}), "
+        text += f"{stage.host / GIB:.2f} GiB on the host"
+        if stage.pinned:
+            text += f", {stage.pinned / GIB:.2f} of it pinned"
+        yield text
+    if memory.on_device:
+        yield f"at most {memory.device_peak / GIB:.2f} of {memory.room / GIB:.2f} GiB on the card"
+
+
+def _decided(plan: Plan) -> Iterator[str]:
+    memory, layers = plan.memory, plan.model.layers
+    yield f"{memory.block_swap} of {layers} blocks swapped"
+    if memory.chunks.tokens:
+        heads = f", {memory.chunks.heads} heads at a time" if memory.chunks.heads else ""
+        yield f"{memory.chunks.tokens} tokens{heads}"
+    if memory.decode_tile:
+        yield f"VAE in tiles of {_size((memory.decode_tile[1], memory.decode_tile[0]))} cells"
+    if memory.text_swap:
+        yield f"text encoder with {memory.text_swap} of its blocks swapped"
+
+
+def _first(texts: Iterator[str]) -> Iterator[tuple[bool, str]]:
+    for index, text in enumerate(texts):
+        yield index == 0, text
+
+
+def _weights(plan: Plan) -> str:
     text = f"{plan.weight_bytes / GIB:.2f} GiB for the transformer"
     if plan.device.memory_free:
         text += f"; {plan.device.name} has {plan.device.memory_free / GIB:.1f} GiB free"

@@ -88,6 +88,13 @@ class PinnedMemory:
         self.used -= self._locked.pop(address)
         self._register.unlock(address)
 
+    def close(self) -> None:
+        """Give all buffers back."""
+        for address, nbytes in self._locked.items():
+            self._register.unlock(address)
+            self.used -= nbytes
+        self._locked.clear()
+
     def _note_refusal(self, nbytes: int, problem: str) -> None:
         self.refusal = (
             f"the system did not let {nbytes / 2**30:.2f} GiB of host memory be pinned beside "

@@ -43,9 +43,14 @@ class Placement:
         swapped = {id(tensor) for block in chosen for tensor in tensors_of(block)}
         self._residents = [t for t in tensors_of(module) if id(t) not in swapped]
         self._host: list[Tensor] | None = None
-        self._swap = BlockSwap(chosen, self._mover, self._pinned) if chosen else None
         self.entered = False
-        self.enter()
+        self._swap: BlockSwap | None = None
+        try:
+            self._swap = BlockSwap(chosen, self._mover, self._pinned) if chosen else None
+            self.enter()
+        except BaseException:
+            self._pinned.close()
+            raise
 
     @property
     def swap(self) -> BlockSwap | None:
@@ -68,11 +73,11 @@ class Placement:
             return
         self.entered = True
         host = [tensor.data for tensor in self._residents]
+        if self.place.keeps_host:
+            self._host = host
         for tensor, data in zip(self._residents, host, strict=True):
             point([tensor], [self._mover.place(data)])
-        if self.place.keeps_host:
-            # The copies may still be under way; what they read must be whole until they are done.
-            self._host = host
+        # What the copies read must be whole until they are done.
         self._mover.host_waits(self._mover.computed())
         if self._swap:
             self._swap.start()

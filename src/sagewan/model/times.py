@@ -14,34 +14,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Times:
-    """Which time each token has: ``values`` [T] the times, ``bounds`` of T runs of tokens, from
-    bounds[i] to bounds[i + 1]."""
+    """Which time each token has: ``values`` [B, T] the times, ``bounds`` of T runs of tokens, from
+    bounds[i] to bounds[i + 1], the same for all B videos."""
 
     values: Tensor
     bounds: tuple[int, ...]
 
     @classmethod
     def of(cls, timestep: Tensor, tokens: int) -> "Times":
-        """diffusers' ``timestep``: [1], one for all tokens, or [1, tokens]."""
-        if timestep.shape[0] != 1:
-            raise ValueError("all videos of a batch have the same times: give one row of them")
+        """diffusers' ``timestep``: [B], one for all tokens of a video, or [B, tokens]."""
         if timestep.ndim == 1:
-            return cls(timestep, (0, tokens))
-        values, counts = torch.unique_consecutive(timestep[0], return_counts=True)
-        ends = counts.cumsum(0).tolist()
-        return cls(values, (0, *ends))
+            return cls(timestep.unsqueeze(1), (0, tokens))
+        _, counts = torch.unique_consecutive(timestep, dim=1, return_counts=True)
+        bounds = (0, *counts.cumsum(0).tolist())
+        return cls(timestep[:, list(bounds[:-1])], bounds)
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """Vectors for each time: ``vectors`` [1, T, M, W], M of them (shift, scale, gate, …)."""
+    """Vectors for each time: ``vectors`` [B, T, M, W], M of them (shift, scale, gate, …)."""
 
     vectors: Tensor
     bounds: tuple[int, ...]
 
     def at(self, start: int, stop: int) -> tuple[Tensor, ...]:
-        """The M vectors of the tokens from start to stop: each [1, 1, W] where they have one time,
-        else [1, stop - start, W]."""
+        """The M vectors of the tokens from start to stop: each [B, 1, W] where they have one time,
+        else [B, stop - start, W]."""
         runs = []
         for index, (first, end) in enumerate(itertools.pairwise(self.bounds)):
             shared = min(stop, end) - max(start, first)

@@ -59,10 +59,10 @@ class Transformer:
     def _conditions(
         self, times: Times, text: Tensor, picture: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The time's embedding [1, T, W], its vectors for the blocks [1, T, 6, W], and what is
+        """The time's embedding [B, T, W], its vectors for the blocks [B, T, 6, W], and what is
         attended to: the text behind the picture."""
         embedded, vectors, text, picture = self.model.condition_embedder(
-            times.values, text, picture, timestep_seq_len=len(times.values)
+            times.values.flatten(), text, picture, timestep_seq_len=times.values.shape[1]
         )
         if picture is not None:
             text = torch.cat([picture, text], dim=1)

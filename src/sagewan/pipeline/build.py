@@ -62,6 +62,22 @@ class Components:
             counts.update(part.formats)
         return dict(counts)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """The most host memory that was pinned for a transformer."""
+        return max(part.pinned_bytes for part in self.transformers)
+
+    @property
+    def unpinned_blocks(self) -> int:
+        """The most swapped blocks of a transformer that were copied from ordinary memory."""
+        return max(part.unpinned_blocks for part in self.transformers)
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why less host memory was pinned than planned, in sentences."""
+        parts = (self.text_encoder, *self.transformers)
+        return tuple(dict.fromkeys(part.refusal for part in parts if part.refusal))
+
 
 def build(
     plan: Plan, launcher: Launcher, session: Session | None = None, watch: Watch | None = None

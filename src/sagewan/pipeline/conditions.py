@@ -12,6 +12,8 @@ import ftfy
 import torch
 from torch import Tensor
 
+from sagewan.memory.placement import Place
+from sagewan.model.vae import encode as encode_pieces
 from sagewan.pipeline.build import Components
 from sagewan.plan.models import TEXT_TOKENS
 from sagewan.plan.plan import Plan, Steps
@@ -42,7 +44,9 @@ def encode(components: Components, plan: Plan, pictures: "Mapping[str, Image]") 
     """Text and pictures → conditions. ``pictures`` by the request's fields, ``image`` and
     ``last_image``, as ``load_picture`` gives them; empty for text to video."""
     device = plan.device.torch_name
-    with components.text_encoder.on(device) as encoder:
+    memory = plan.memory
+    place = Place(device=device, swapped=memory.text_swap, pin_budget=memory.pin_budget)
+    with components.text_encoder.on(place) as encoder:
         prompt = encode_text([plan.request.prompt], components.tokenizer, encoder)
         negative = None
         if guided(plan.steps):
@@ -104,13 +108,22 @@ def encode_pictures(pictures: "Sequence[Image]", processor: Any, encoder: Any) -
 
 def encode_frames(pictures: "Sequence[Image]", plan: Plan, vae: Any) -> Tensor:
     """The pictures' part in the latents, float32; see :class:`Conditions` for its two shapes."""
-    frames = [_pixels(picture, plan).to(vae.device) for picture in pictures]
+    pixels = [_pixels(picture, plan).to(vae.device) for picture in pictures]
+    first, last = pixels[0], pixels[1:]
+    count = 1 if plan.model.expand_timesteps else plan.frames
+
+    def frames(start: int, stop: int) -> Tensor:
+        """The given pictures at their ends, and nothing between."""
+        found = first.new_zeros(1, 3, stop - start, *first.shape[3:])
+        if start == 0:
+            found[:, :, :1] = first
+        if stop == count and last:
+            found[:, :, -1:] = last[0]
+        return found
+
+    latents = normalized(encode_pieces(frames, count, vae, plan.memory.encode_tile), vae)
     if plan.model.expand_timesteps:
-        return normalized(vae.encode(frames[0]).latent_dist.mode(), vae)
-    first, last = frames[0], frames[1:]
-    blank = first.new_zeros(1, 3, plan.frames - len(frames), *first.shape[3:])
-    video = torch.cat([first, blank, *last], dim=2)
-    latents = normalized(vae.encode(video).latent_dist.mode(), vae)
+        return latents
     return torch.cat([_known(latents, plan, bool(last)), latents], dim=1)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.attention import AttentionPlan
 from sagewan.plan.catalogue import ROWS, Implementation, rows_of
-from sagewan.plan.evidence import Evidence
+from sagewan.plan.evidence import Evidence, Shortage
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.lora import LoraFile
 from sagewan.plan.models import Model
@@ -37,6 +37,11 @@ class Decision:
         evidence = self.evidence
         for name, objection in failures.items():
             evidence = evidence.with_failure(name, objection)
+        return decide(self.request, self.model, self.hardware, self.loras, evidence=evidence)
+
+    def after_shortage(self, shortage: Shortage) -> "Decision":
+        """The decision once memory has run out; it takes less."""
+        evidence = self.evidence.with_shortage(shortage)
         return decide(self.request, self.model, self.hardware, self.loras, evidence=evidence)
 
 

@@ -1,4 +1,4 @@
-"""Latents → frames, by diffusers' VAE, one latent frame at a time."""
+"""Latents → frames, by the VAE: one latent frame at a time, or tile by tile."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sagewan.model.vae import decode_pieces, decode_tiles
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import denormalized
 from sagewan.pipeline.guard import FrameGuard
@@ -26,14 +27,35 @@ def decode(
     """Latents [1, C, F, H, W] → the video's frames, uint8 RGB [height, width, 3], one by one.
 
     A latent frame is decoded when its first frame is asked for, so only a few frames are in
-    memory, and a caller may stop between two. Frames are cut from the grid about their centre to
-    the plan's size, so that what stood in the middle stays there. The guard is shown what bytes
-    can't tell: whether every value was finite.
+    memory, and a caller may stop between two; in tiles, all bytes of the video are. Frames are cut
+    from the grid about their centre to the plan's size, so that what stood in the middle stays
+    there. The guard is shown what bytes can't tell: whether every value was finite.
     """
     with components.vae.on(plan.device.torch_name) as vae:
-        for piece in decode_pieces(latents, vae):
-            guard.see_values(finite=bool(piece.isfinite().all()))
-            yield from _cropped(_bytes(piece), plan.size)[0].cpu().numpy()
+        ready = _ready(latents, vae)
+        if plan.memory.decode_tile is None:
+            for piece in decode_pieces(ready, vae):
+                guard.see_values(finite=bool(piece.isfinite().all()))
+                yield from _cropped(_bytes(piece), plan.size)[0].cpu().numpy()
+            return
+        frames = _whole_frames(ready, vae, plan, guard)
+    yield from _cropped(frames, plan.size)[0].numpy()
+
+
+def _ready(latents: Tensor, vae: Any) -> Tensor:
+    """Latents as the decoder takes them."""
+    return denormalized(latents.to(vae.device, vae.dtype), vae)
+
+
+def _whole_frames(latents: Tensor, vae: Any, plan: Plan, guard: FrameGuard) -> Tensor:
+    """All frames at the grid's size, uint8 [1, F, H, W, 3] on the host, put together from tiles."""
+    assert plan.memory.decode_tile is not None
+    width, height = plan.grid_size
+    frames = torch.empty(1, plan.frames, height, width, 3, dtype=torch.uint8)
+    for (rows, columns), first, piece in decode_tiles(latents, vae, plan.memory.decode_tile):
+        guard.see_values(finite=bool(piece.isfinite().all()))
+        frames[:, first : first + piece.shape[2], rows, columns] = _bytes(piece).cpu()
+    return frames
 
 
 @torch.inference_mode()
@@ -44,34 +66,13 @@ def decode_batch(components: Components, plan: Plan, latents: Tensor) -> Tensor:
     at_once = max(1, _PIXELS // (width * height * plan.model.temporal))
     with components.vae.on(plan.device.torch_name) as vae:
         videos = [
-            torch.cat([_cropped(_bytes(x), plan.size) for x in decode_pieces(part, vae)], dim=1)
+            torch.cat(
+                [_cropped(_bytes(x), plan.size) for x in decode_pieces(_ready(part, vae), vae)],
+                dim=1,
+            )
             for part in latents.split(at_once)
         ]
     return torch.cat(videos)
-
-
-def decode_pieces(latents: Tensor, vae: Any) -> Iterator[Tensor]:
-    """Float32 pieces [B, 3, f, H, W]; put together, and clamped to −1 … 1, they are
-    ``vae.decode``'s result. The first latent frame gives one frame, each later one four.
-
-    The decoder is causal: between two latent frames it carries on what each of its convolutions
-    saw last. That memory is an argument of it, and a list of ours.
-    """
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
-
-    hidden = vae.post_quant_conv(denormalized(latents.to(vae.device, vae.dtype), vae))
-    convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
-    memory: list[Any] = [None] * convolutions
-    for index in range(hidden.shape[2]):
-        piece = vae.decoder(
-            hidden[:, :, index : index + 1],
-            feat_cache=memory,
-            feat_idx=[0],
-            first_chunk=index == 0,
-        )
-        if vae.config.patch_size is not None:
-            piece = unpatchify(piece, patch_size=vae.config.patch_size)
-        yield piece
 
 
 def _bytes(piece: Tensor) -> Tensor:

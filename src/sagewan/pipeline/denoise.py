@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagewan.attention.resolve import ImplementationError
+from sagewan.attention.launch import is_out_of_memory
+from sagewan.attention.resolve import ImplementationError, one_line
+from sagewan.memory.placement import Place
 from sagewan.model.attention import Turn
 from sagewan.model.transformer import install
 from sagewan.pipeline.build import Components
@@ -53,6 +55,16 @@ class RowFailed(Exception):
         self.failure = failure
 
 
+class NoMemory(Exception):
+    """Memory ran out in ``snapshot.step``; the snapshot was taken before it. ``what`` is the error
+    in one line: the error itself would hold what was in memory."""
+
+    def __init__(self, snapshot: Snapshot, what: str) -> None:
+        super().__init__(what)
+        self.snapshot = snapshot
+        self.what = what
+
+
 @torch.inference_mode()
 def denoise(
     components: Components,
@@ -67,24 +79,38 @@ def denoise(
 
     Noise comes from the plan's seed, drawn on the CPU in float32, so it is the same on every
     device. Raises NotFinite after a step that gave NaN or infinite values, and RowFailed within a
-    step, none of whose calls are counted; ``resume`` takes their snapshot and goes on from there,
-    by the plan given now. Raises Cancelled within a block.
+    step, none of whose calls are counted, as NoMemory does; ``resume`` takes their snapshot and
+    goes on from there, by the plan given now. Raises Cancelled within a block.
     """
     state = resume or start(plan)
     latents, sampler = state.latents, state.sampler.copy()
-    turn = Turn(plan.attention, len(sampler.times), watch.check)
+    chunks = plan.memory.chunks
+    turn = Turn(
+        plan.attention,
+        len(sampler.times),
+        watch.check,
+        chunk=chunks.tokens,
+        heads=chunks.heads,
+    )
     watch.stage("denoise", turn.steps)
     with components.attention.during(turn), _experts(components, plan) as expert:
         for step in range(state.step, turn.steps):
             before = Snapshot(step, latents, sampler.copy())
             turn.step, time = step, sampler.times[step]
             index = expert_of(float(time), plan)
-            forward = _Forward(expert(index), plan, conditions)
+            lacking: str | None = None
             try:
+                forward = _Forward(expert(index), plan, conditions)
                 with components.attention.whole():
                     prediction = forward.guided(latents, time, _guidance(index, plan))
             except ImplementationError as failure:
                 raise RowFailed(before, failure) from failure
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                lacking = one_line(error)
+            if lacking:
+                raise NoMemory(before, lacking)
             watch.show(step + 1, partial(_expected, forward, latents, time, prediction))
             latents = sampler.step(prediction, time, latents)
             if not torch.isfinite(latents).all():
@@ -157,7 +183,12 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
                 held.clear()
                 stack.close()
                 part = components.transformers[index]
-                transformer = stack.enter_context(part.on(plan.device.torch_name))
+                place = Place(
+                    device=plan.device.torch_name,
+                    swapped=plan.memory.block_swap,
+                    pin_budget=plan.memory.pin_budget,
+                )
+                transformer = stack.enter_context(part.on(place, stays=plan.memory.stays))
                 install(transformer, components.attention)
                 components.multiplier.install(transformer, plan.weights)
                 held[index] = transformer

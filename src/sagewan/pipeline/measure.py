@@ -37,6 +37,11 @@ def device_bytes(device: Device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def peak_host_bytes() -> int | None:
+    """The most memory this process ever held on the host; None where the system does not tell."""
+    return _peak_of_process()
+
+
 def _peak_of_process() -> int | None:
     if sys.platform == "win32":
         import psutil

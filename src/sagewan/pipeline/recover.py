@@ -1,14 +1,20 @@
 """Denoising that learns from a failure: the plan is made again without what failed."""
 
 import logging
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
-from sagewan.errors import RejectedError
+from sagewan.attention.launch import is_out_of_memory
+from sagewan.attention.resolve import one_line
+from sagewan.errors import RejectedError, UnsupportedError
 from sagewan.pipeline.decide import Decision, blame, not_finite
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.report import Change
 from sagewan.plan.catalogue import Implementation, row_named
+from sagewan.plan.evidence import Shortage
+from sagewan.plan.hardware import GIB
+from sagewan.plan.memory import smaller
 from sagewan.plan.objection import Objection
 from sagewan.plan.plan import Plan
 
@@ -18,6 +24,8 @@ if TYPE_CHECKING:
     from sagewan.pipeline.build import Components
     from sagewan.pipeline.conditions import Conditions
     from sagewan.pipeline.denoise import NotFinite, Snapshot
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -35,35 +43,57 @@ class LatentsRejectedError(RejectedError):
 
 @dataclass
 class Recovery:
-    """Denoises under the current decision. After a failure the decision is another one.
+    """Works under the current decision. After a failure the decision is another one.
 
     A row that fails in use is left out from then on, and its step is made again. Latents that stop
     being finite are resumed once, from before that step, without the mode that ran there;
-    ``strict`` forbids it.
+    ``strict`` forbids it. Where memory runs out, the step or stage is made again once, in less:
+    more blocks swapped, smaller tiles. ``memory_notes`` say so.
     """
 
     decision: Decision
     components: "Components"
-    conditions: "Conditions"
     watch: Watch
     changes: list[Change] = field(default_factory=list)
+    memory_notes: list[str] = field(default_factory=list)
 
-    def denoise(self) -> "torch.Tensor":
+    @property
+    def plan(self) -> Plan:
+        return self.decision.plan
+
+    def surviving(self, stage: str, work: Callable[[Plan], T]) -> T:
+        """The result of the work under the current plan; made again, in less memory, where that ran
+        out. Raises UnsupportedError if it runs out again."""
+        while True:
+            lacking: str | None = None
+            try:
+                return work(self.plan)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                lacking = one_line(error)
+            # Out of the handler: the error holds the frames that hold what was in memory.
+            self._take_less(stage, lacking)
+
+    def denoise(self, conditions: "Conditions") -> "torch.Tensor":
         """The final latents, finite. Raises LatentsRejectedError, and UnsupportedError where
-        ``strict`` forbids to go on without a row that failed."""
-        from sagewan.pipeline.denoise import NotFinite, RowFailed, denoise
+        ``strict`` forbids to go on without a row that failed, or memory ran out again."""
+        from sagewan.pipeline.denoise import NoMemory, NotFinite, RowFailed, denoise
 
         resume: Snapshot | None = None
         repeated = False
         while True:
-            plan = self.decision.plan
+            plan = self.plan
             try:
-                return denoise(self.components, plan, self.conditions, self.watch, resume=resume)
+                return denoise(self.components, plan, conditions, self.watch, resume=resume)
             except RowFailed as stop:
                 failure = stop.failure
                 if row_named(failure.implementation).trusted:
                     raise (failure.__cause__ or failure) from None  # torch itself: unexpected
                 self._decide_again({failure.implementation: failure.objection})
+                resume = stop.snapshot
+            except NoMemory as stop:
+                self._take_less("denoise", stop.what)
                 resume = stop.snapshot
             except NotFinite as stop:
                 row = blame(plan, stop.step)
@@ -71,6 +101,24 @@ class Recovery:
                     raise _rejected(plan, stop) from stop
                 self._decide_again(not_finite(row, stop.step))
                 resume, repeated = stop.snapshot, True
+
+    def _take_less(self, stage: str, what: str) -> None:
+        """Plan again with less memory; UnsupportedError if that was done already, or is no less."""
+        before = self.plan.memory
+        tile = before.encode_tile if stage == "encode" else before.decode_tile
+        evidence = self.decision.evidence
+        again = any(shortage.stage == stage for shortage in evidence.shortages)
+        shortage = Shortage(stage=stage, block_swap=before.block_swap, tile=tile, what=what)
+        decision = self.decision.after_shortage(shortage)
+        memory = decision.plan.memory
+        same = replace(memory, room=before.room, stages=()) == replace(before, stages=())
+        if again or same:
+            raise UnsupportedError(_no_more(self.plan, stage, what))
+        self.decision = decision
+        self.watch.planned(decision.plan)
+        note = f"memory ran out in {stage} ({what}): made again {_how(decision.plan, stage)}"
+        self.memory_notes.append(note)
+        logger.warning("%s", note)
 
     def _decide_again(self, failures: dict[str, Objection]) -> None:
         before = self.decision.plan.attention.choices
@@ -82,6 +130,31 @@ class Recovery:
                 change = _change(old.row, new.row, failures[old.row.name])
                 self.changes.append(change)
                 logger.warning("%s", change.sentence())
+
+
+def _how(plan: Plan, stage: str) -> str:
+    memory = plan.memory
+    if stage == "denoise":
+        return (
+            f"with {memory.block_swap} of {plan.model.layers} blocks swapped and "
+            f"{memory.chunks.tokens} tokens at a time"
+        )
+    tile = memory.encode_tile if stage == "encode" else memory.decode_tile
+    size = f"tiles of {tile[1]}x{tile[0]} latent cells" if tile else "smaller pieces"
+    return f"in {size}"
+
+
+def _no_more(plan: Plan, stage: str, what: str) -> str:
+    memory = plan.memory
+    on_host = not memory.on_device or "DefaultCPUAllocator" in what or "host" in what.lower()
+    planned = memory.host_peak if on_host else memory.device_peak
+    free = memory.host_room if on_host else memory.room
+    where = "the host" if on_host else plan.device.name
+    return (
+        f"{where} ran out of memory in {stage} ({what}): {planned / GIB:.2f} GiB were planned and "
+        f"{free / GIB:.2f} GiB free; choose {smaller(plan.model, plan.frames, plan.grid_size)}, or "
+        "close other programs"
+    )
 
 
 def _change(old: Implementation, new: Implementation, objection: Objection) -> Change:

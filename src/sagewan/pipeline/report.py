@@ -38,13 +38,22 @@ class Change:
 class Measured:
     """What only the run could tell. ``ran`` are attention's calls, ``multiplied`` those of the
     quantised layers; ``formats`` counts the matrices of the transformers by their format. Bytes;
-    the peak is the device's, or None if unknown."""
+    peaks are None where the system does not tell.
+
+    ``pinned_bytes`` is the most host memory that was pinned at once, ``unpinned_blocks`` how many
+    swapped blocks were copied from ordinary memory; ``memory_notes`` sentences on what was not as
+    planned.
+    """
 
     ran: tuple[Mapping[str, Any], ...]
     weight_bytes: int
     formats: Mapping[str, int]
     multiplied: tuple[Mapping[str, Any], ...]
     peak_device_bytes: int | None
+    peak_host_bytes: int | None = None
+    pinned_bytes: int = 0
+    unpinned_blocks: int = 0
+    memory_notes: tuple[str, ...] = ()
 
 
 def planned_changes(plan: Plan) -> tuple[Change, ...]:
@@ -103,9 +112,15 @@ def make_report(
         "weights": weights_facts(plan, measured),
         "memory": {
             "peak_device_bytes": measured.peak_device_bytes,
+            "planned_device_bytes": plan.memory.device_peak,
+            "peak_host_bytes": measured.peak_host_bytes,
+            "planned_host_bytes": plan.memory.host_peak,
             # Of two experts one is on the device at a time.
-            "resident_blocks": plan.model.layers,
-            "swapped_blocks": 0,
+            "resident_blocks": plan.model.layers - plan.memory.block_swap,
+            "swapped_blocks": plan.memory.block_swap,
+            "pinned_bytes": measured.pinned_bytes,
+            "unpinned_blocks": measured.unpinned_blocks,
+            "notes": list(measured.memory_notes),
         },
         "timings": {
             "stages": dict(timings.stages),

@@ -12,7 +12,7 @@ from sagewan.pipeline.decide import Decision, decide
 from sagewan.pipeline.export import Video, metadata_of, write_video
 from sagewan.pipeline.files import check_outputs, check_space, written_whole
 from sagewan.pipeline.guard import FrameGuard
-from sagewan.pipeline.measure import peak_device_bytes, start_measuring
+from sagewan.pipeline.measure import peak_device_bytes, peak_host_bytes, start_measuring
 from sagewan.pipeline.progress import DECIDE, Watch
 from sagewan.pipeline.report import (
     Change,
@@ -145,20 +145,28 @@ def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     _quiet_libraries()
     components = build(plan, launcher, session, watch)
     watch.stage("encode")
+    recovery = Recovery(prepared.decision, components, watch)
     conditions = session.conditions(
-        conditions_key(plan), lambda: encode(components, plan, prepared.pictures)
+        conditions_key(plan),
+        lambda: recovery.surviving(
+            "encode", lambda plan: encode(components, plan, prepared.pictures)
+        ),
     )
     if watch.is_viewed:
         watch.draw_with(preview_of(components, plan))
-    recovery = Recovery(prepared.decision, components, conditions, watch)
     wrong: str | None = None
     try:
-        latents = recovery.denoise()
+        latents = recovery.denoise(conditions)
     except LatentsRejectedError as error:
         latents, wrong = error.latents, str(error)
     changes = (*planned_changes(plan), *recovery.changes)
-    run = _Run(prepared, recovery.decision.plan, components, launcher, changes)
-    return run.deliver(latents, watch, wrong)
+
+    def deliver(plan: Plan) -> Result:
+        notes = tuple(recovery.memory_notes)
+        run = _Run(prepared, plan, components, launcher, changes, notes)
+        return run.deliver(latents, watch, wrong)
+
+    return recovery.surviving("decode", deliver)
 
 
 @dataclass(frozen=True)
@@ -170,6 +178,7 @@ class _Run:
     components: "Components"
     launcher: "Launcher"
     changes: tuple[Change, ...]
+    memory_notes: tuple[str, ...]
 
     def deliver(self, latents: "torch.Tensor", watch: Watch, wrong: str | None) -> Result:
         """Decode and write the video, look at it, and report.
@@ -209,6 +218,10 @@ class _Run:
             formats=self.components.formats,
             multiplied=tuple(self.components.multiplier.ran()),
             peak_device_bytes=peak_device_bytes(self.plan.device),
+            peak_host_bytes=peak_host_bytes(),
+            pinned_bytes=self.components.pinned_bytes,
+            unpinned_blocks=self.components.unpinned_blocks,
+            memory_notes=(*self.memory_notes, *self.components.refusals),
         )
 
     def _tags(self) -> dict[str, str]:

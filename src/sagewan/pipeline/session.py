@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sagewan.memory.placement import Place, Placement
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.hardware import Hardware
@@ -34,7 +36,8 @@ class Part:
     caller says. Weights that keep their dtype stay in the file's pages, so loading again costs
     little. ``loras`` are those that it is to have on; others are taken off without loading it
     again. ``weight_bytes`` is what its weights take in memory, and ``formats`` counts its matrices
-    by their format; both are empty until it is first loaded.
+    by their format; both are empty until it is first loaded. ``pinned_bytes``, ``unpinned_blocks``
+    and ``refusal`` tell of the last placement.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Part:
     loras: tuple[LoraFile, ...] = ()
     weight_bytes: int = 0
     formats: Mapping[str, int] = field(default_factory=dict)
+    pinned_bytes: int = 0
+    unpinned_blocks: int = 0
+    refusal: str | None = None
     _module: Any = field(default=None, init=False, repr=False)
     _adapters: "Adapters | None" = field(default=None, init=False, repr=False)
     _worn: tuple[LoraFile, ...] = field(default=(), init=False, repr=False)
@@ -58,7 +64,11 @@ class Part:
         """
         place = Place(device=where) if isinstance(where, str) else where
         try:
-            yield self._enter(place)
+            # Weights outlive the run, and are pointed elsewhere; tensors made in inference mode
+            # can't be.
+            with torch.inference_mode(mode=False):
+                module = self._enter(place)
+            yield module
             if not (self.kept and stays):
                 self.leave()
         except BaseException:
@@ -105,9 +115,22 @@ class Part:
         if self._worn != self.loras:
             self._wear()
         if self._placement is None:
-            self._placement = Placement(self._module, self.blocks(self._module), place)
+            self._place(place)
+        assert self._placement
         self._placement.enter()
         return self._module
+
+    def _place(self, place: Place) -> None:
+        try:
+            placement = Placement(self._module, self.blocks(self._module), place)
+        except BaseException:
+            # Half of it may be on the device: it is loaded again by whoever tries again.
+            self.close()
+            raise
+        self._placement = placement
+        self.pinned_bytes = placement.pinned_bytes
+        self.unpinned_blocks = placement.swap.unpinned_blocks if placement.swap else 0
+        self.refusal = placement.refusal
 
     def _wear(self) -> None:
         """Put its LoRAs on in place of those that are, all of it on the host."""
@@ -125,8 +148,6 @@ class Part:
 def _give_back(device: str) -> None:
     """What torch keeps of a GPU's memory for later is of more use to the next model."""
     if device != "cpu":
-        import torch
-
         torch.cuda.empty_cache()
 
 
@@ -179,8 +200,6 @@ class Session:
         """The machine as if this session held none of its memory."""
         if not self._parts or not hardware.usable:
             return hardware
-        import torch
-
         if not torch.cuda.is_initialized():
             return hardware
         held = [torch.cuda.memory_reserved(device.torch_name) for device in hardware.devices]

@@ -25,6 +25,17 @@ class SelfTest:
         return self.objection is None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shortage:
+    """Memory ran out in a stage ("encode", "denoise", "decode"), with so many blocks swapped and
+    this tile; ``what`` is the error in one line."""
+
+    stage: str
+    block_swap: int
+    tile: tuple[int, int] | None
+    what: str
+
+
 @dataclass(frozen=True)
 class Evidence:
     """Everything learnt on one device in one head size and dtype, those of the plan's problem;
@@ -32,6 +43,7 @@ class Evidence:
 
     tests: Mapping[str, SelfTest] = field(default_factory=dict)
     failures: Mapping[str, Objection] = field(default_factory=dict)
+    shortages: tuple[Shortage, ...] = ()
 
     def objection(self, implementation: str) -> Objection | None:
         """The reason not to use this implementation, if anything was learnt against it."""
@@ -42,6 +54,10 @@ class Evidence:
 
     def with_test(self, test: SelfTest) -> "Evidence":
         return replace(self, tests={**self.tests, test.implementation: test})
+
+    def with_shortage(self, shortage: Shortage) -> "Evidence":
+        """Evidence that also holds that memory ran out, so that the next plan takes less."""
+        return replace(self, shortages=(*self.shortages, shortage))
 
     def with_failure(self, implementation: str, objection: Objection) -> "Evidence":
         """Evidence that also holds a failure at run time, which outweighs a passed self-test."""

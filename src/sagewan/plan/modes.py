@@ -111,6 +111,7 @@ class Preset:
     steps: int
     size: tuple[int, int]
     frames: int
+    block_swap: int
     memory: str
     from_gib: int
 
@@ -124,6 +125,7 @@ _PRESETS = (
         steps=4,
         size=(1280, 720),
         frames=61,
+        block_swap=20,
         memory="8-12 GB",
         from_gib=8,
     ),
@@ -135,6 +137,7 @@ _PRESETS = (
         steps=25,
         size=(1280, 720),
         frames=81,
+        block_swap=12,
         memory="12-16 GB",
         from_gib=12,
     ),
@@ -146,6 +149,7 @@ _PRESETS = (
         steps=40,
         size=(1920, 1080),
         frames=121,
+        block_swap=0,
         memory="16 GB and more",
         from_gib=16,
     ),

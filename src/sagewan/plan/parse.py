@@ -6,6 +6,7 @@ from typing import Any
 
 from sagewan.errors import RequestError
 from sagewan.plan.lora import Lora
+from sagewan.plan.modes import AUTO
 from sagewan.plan.request import Ends, parse_layers, parse_size
 from sagewan.plan.serialize import field_types
 
@@ -27,6 +28,8 @@ PARSE: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     tuple[int, ...]: (parse_layers, "layer numbers"),
     tuple[Lora, ...]: (lambda texts: tuple(map(Lora.parse, texts)), "FILE or FILE:STRENGTH"),
 }
+# Fields of numbers that are found by the plan where they are not given.
+_NONE_IS_AUTO = ("block_swap",)
 # The types of fields that take several texts, one for each item.
 REPEATED = (tuple[Lora, ...],)
 
@@ -36,6 +39,8 @@ def parsed(field: str, value: Any) -> Any:
     the fix, if it is of another kind."""
     if isinstance(value, bool):
         return value
+    if field in _NONE_IS_AUTO and value == AUTO:
+        return None
     parse, kind = PARSE[field_types()[field]]
     try:
         return parse(value)

@@ -9,8 +9,9 @@ from sagewan.plan.catalogue import Problem
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB, Device, Hardware
 from sagewan.plan.lora import LoraFile, Schedule, taught_schedule
+from sagewan.plan.memory import MemoryPlan, Needs, memory_notes, plan_memory
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
-from sagewan.plan.modes import AUTO, PRESETS, Preset
+from sagewan.plan.modes import AUTO, MODES, PRESETS, Preset, Quality
 from sagewan.plan.request import Request
 from sagewan.plan.weights import (
     QUANTIZED_AS,
@@ -59,6 +60,7 @@ class Plan:
     steps: Steps
     attention: AttentionPlan
     weights: WeightsPlan
+    memory: MemoryPlan
     loras: tuple[LoraFile, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -94,6 +96,22 @@ def make_plan(
         request, preset, problem, device, hardware, evidence, layers=model.layers
     )
     situation = Situation(model, dtype, tokens, device, hardware, evidence)
+    weights = plan_weights(request, preset, situation)
+    needs = Needs(
+        request=request,
+        model=model,
+        device=device,
+        dtype=dtype,
+        grid_size=grid_size,
+        frames=frames,
+        tokens=tokens,
+        weight_bytes=weights.bytes,
+        lora_bytes=sum(file.nbytes for file in loras),
+        quantised_attention=any(MODES[c.mode].quality < Quality.EXACT for c in attention.choices),
+        packed=weights.format is not None,
+        file_backed=weights.format == model.quantized and not weights.unpacks,
+    )
+    memory = plan_memory(needs, hardware, evidence.shortages)
     plan = Plan(
         request=request,
         model=model,
@@ -109,10 +127,13 @@ def make_plan(
         negative=request.negative if request.negative is not None else model.sampling.negative,
         steps=steps,
         attention=attention,
-        weights=plan_weights(request, preset, situation),
+        weights=weights,
+        memory=memory,
         loras=loras,
     )
-    return replace(plan, notes=tuple(_notes(plan, preset)))
+    swap = preset.block_swap if preset else None
+    notes = (*_notes(plan, preset), *memory_notes(needs, memory, hardware, swap))
+    return replace(plan, notes=notes)
 
 
 def _dtype(request: Request, device: Device) -> str:
@@ -244,13 +265,6 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
     emulated = [choice.row.emulated for choice in plan.attention.choices]
     if plan.request.emulate and not any((*emulated, multiplies and multiplies.emulated)):
         yield f"emulate changes nothing here: {plan.attention.main.mode} runs without emulation"
-    one_expert = plan.weights.bytes
-    if plan.device.is_cuda and one_expert > plan.device.memory_free:
-        yield (
-            f"this will not fit: the transformer's weights alone take {one_expert / GIB:.1f} GiB, "
-            f"{plan.device.name} has {plan.device.memory_free / GIB:.1f} GiB free, and this "
-            "version keeps a model whole on the card; choose a smaller model"
-        )
     if preset:
         yield from _preset_notes(plan, preset)
 

@@ -16,10 +16,12 @@ CARDS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "rtx-3060": (86, 12),
         "rtx-3090": (86, 24),
         "rtx-4060": (89, 8),
+        "rtx-4060-ti": (89, 16),
         "rtx-4070": (89, 12),
         "rtx-4080": (89, 16),
         "rtx-4090": (89, 24),
         "rtx-5060": (120, 8),
+        "rtx-5060-ti": (120, 16),
         "rtx-5070": (120, 12),
         "rtx-5080": (120, 16),
         "rtx-5090": (120, 32),
@@ -34,12 +36,17 @@ CARDS: Mapping[str, tuple[int, int]] = MappingProxyType(
 _USUAL = 89
 
 
-def pretend(hardware: Hardware, *, gpu: str | None, vram: float | None) -> Hardware:
-    """This machine, with one other GPU in place of its own; ``vram`` in GiB.
+def pretend(
+    hardware: Hardware, *, gpu: str | None, vram: float | None, ram: float | None = None
+) -> Hardware:
+    """This machine, with one other GPU in place of its own, or other host memory; ``vram`` and
+    ``ram`` in GiB.
 
     A ``gpu`` is a name of CARDS. ``vram`` alone keeps the kind of card this machine has. The
     installed packages stay as they are. Raises RequestError for an unknown card or amount.
     """
+    if ram is not None:
+        hardware = _with_ram(hardware, ram)
     if gpu is None and vram is None:
         return hardware
     if gpu is not None and gpu not in CARDS:
@@ -57,3 +64,15 @@ def pretend(hardware: Hardware, *, gpu: str | None, vram: float | None) -> Hardw
     )
     # A CPU build of torch would drive no GPU; whoever had the card would install the other.
     return replace(hardware, devices=(card,), torch_cuda=hardware.torch_cuda or "any")
+
+
+# What the system and other programs take of a machine's memory.
+_TAKEN = 2 * GIB
+
+
+def _with_ram(hardware: Hardware, ram: float) -> Hardware:
+    if not 1 <= ram <= MAX_GIB * 4:
+        raise RequestError(f"ram={ram:g}: it must be from 1 to {MAX_GIB * 4:g} (GiB)")
+    total = int(ram * GIB)
+    cpu = replace(hardware.cpu, memory_total=total, memory_free=max(0, total - _TAKEN))
+    return replace(hardware, cpu=cpu, memory_total=total)

@@ -19,6 +19,7 @@ QUANTIZATIONS = (NO_QUANTIZATION, "fp8_scaled", "fp4_scaled", AUTO)
 MAX_SIDE = 4096
 MAX_FRAMES = 1001
 MAX_STEPS = 1000
+MAX_BLOCKS = 1000
 MAX_SEED = 2**63 - 1
 
 
@@ -63,6 +64,7 @@ class Request:
     attention_ends: Ends | None = None
     attention_keep_layers: tuple[int, ...] = ()
     quantization: str | None = None
+    block_swap: int | None = None
     lora: tuple[Lora, ...] = ()
     steps: int | None = None
     cfg: float | None = None
@@ -101,6 +103,7 @@ class Request:
             _check_choice("attention_ends", self.attention_ends.mode, tuple(MODES))
 
     def _check_numbers(self) -> None:
+        _check_range("block_swap", self.block_swap, 0, MAX_BLOCKS)
         _check_range("steps", self.steps, 1, MAX_STEPS)
         _check_range("cfg", self.cfg, 0, 100)
         _check_range("cfg_2", self.cfg_2, 0, 100)

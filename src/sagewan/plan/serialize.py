@@ -14,9 +14,11 @@ from sagewan.plan.attention import Choice
 from sagewan.plan.hardware import Device
 from sagewan.plan.layers import Role
 from sagewan.plan.lora import Lora
+from sagewan.plan.memory import MemoryPlan
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Ends, Request
+from sagewan.plan.speed import estimated_seconds
 from sagewan.plan.weights import WeightsPlan
 
 # Raised when a field changes its meaning; a field more is only refused, by name.
@@ -152,8 +154,38 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "attention": _attention(plan),
         "weight_bytes": plan.weight_bytes,
         "weights": _weights(plan.weights),
+        "memory": _memory(plan.memory),
+        "seconds": estimated_seconds(plan),
         "lora": [file.to_json() for file in plan.loras],
         "notes": list(plan.notes),
+    }
+
+
+def _memory(memory: MemoryPlan) -> dict[str, Any]:
+    return {
+        "block_swap": memory.block_swap,
+        "chunk_tokens": memory.chunks.tokens,
+        "heads_at_once": memory.chunks.heads,
+        "text_encoder_swap": memory.text_swap,
+        "encode_tile": memory.encode_tile and list(memory.encode_tile),
+        "decode_tile": memory.decode_tile and list(memory.decode_tile),
+        "peak_device_bytes": memory.device_peak,
+        "peak_host_bytes": memory.host_peak,
+        "pinned_bytes": memory.pinned,
+        "fits": memory.fits,
+        "stages": {
+            stage.name: [
+                {
+                    "name": item.name,
+                    "device": item.device,
+                    "host": item.host,
+                    "pinned": item.pinned,
+                    "mapped": item.mapped,
+                }
+                for item in stage.items
+            ]
+            for stage in memory.stages
+        },
     }
 
 

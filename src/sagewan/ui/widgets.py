@@ -118,6 +118,7 @@ _MAKE: Mapping[str, Callable[[Words, dict[str, Any]], Any]] = {
     "attention_ends.last": _text(),
     "attention_keep_layers": _text(),
     "quantization": _choice(_named(*QUANTIZATIONS)),
+    "block_swap": _text(),
     "lora": _loras,
     "lora.strength": _text(),
     "steps": _text(),

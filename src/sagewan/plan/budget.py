@@ -1,0 +1,294 @@
+"""What a run takes of the device's and the host's memory, stage by stage, in bytes.
+
+Activations were counted at full width on the meta device (``sagewan.memory.meter``): live tensors,
+not the workspaces of libraries. A test counts them again. What only a GPU shows (its context, its
+libraries, what its allocator loses) are constants with a name, to be corrected by
+``benchmarks/memory.py``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from sagewan.plan.layers import block_layers
+from sagewan.plan.models import TEXT_TOKENS, Model
+
+MIB = 2**20
+GIB = 2**30
+
+# A CUDA context with its kernels, and the workspaces of cuBLAS and cuDNN.
+CONTEXT = 480 * MIB
+WORKSPACE = 160 * MIB
+# What the caching allocator can't use for its blocks' sizes, of all that a stage allocates beyond
+# its weights.
+FRAGMENTATION = 0.06
+# Python, torch, its libraries and the models' code, on the host.
+PROCESS = 1536 * MIB
+
+# UMT5-XXL: its table of words, and one of its blocks, in parameters.
+_UMT5_WORDS = 256_384 * 4096
+_UMT5_BLOCK = 193_000_000
+UMT5_BLOCKS = 24
+# Its activations: attention over 512 tokens by 64 heads, and the gated feed-forward.
+_UMT5_ACTIVATIONS = 96 * MIB
+_CLIP = 632_000_000
+_CLIP_ACTIVATIONS = 128 * MIB
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the sum, in bytes; ``pinned`` is the part of ``host`` that can't be paged out,
+    ``mapped`` the part that is a file's pages, which the system can take back at any time."""
+
+    name: str
+    device: int = 0
+    host: int = 0
+    pinned: int = 0
+    mapped: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is in memory at once while one part of the run works."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    @property
+    def device(self) -> int:
+        return sum(item.device for item in self.items)
+
+    @property
+    def host(self) -> int:
+        """Bytes that must be there: the pages of files are not counted."""
+        return sum(item.host for item in self.items)
+
+    @property
+    def pinned(self) -> int:
+        return sum(item.pinned for item in self.items)
+
+
+@dataclass(frozen=True)
+class VaeCosts:
+    """Bytes of the VAE in float32, a latent cell: decoding whole and in tiles (which bring cells of
+    their neighbours along), the small end that always runs whole, and encoding; ``features`` is
+    what of one cell of one latent frame waits on the host for its tile; ``operations`` the
+    multiplications and additions for one pixel of one frame."""
+
+    weights: int
+    whole: int
+    tiled: int
+    margin: int
+    small_end: int
+    encode: int
+    features: int
+    operations: float
+
+
+_KIB = 1024
+# Counted at 480×832 to 1080×1920 in many tiles, within 10 %.
+_VAE_2_1 = VaeCosts(507_600_000, 1219 * _KIB, 1030 * _KIB, 8, 31 * _KIB, 883 * _KIB, 1536, 8.7e6)
+_VAE_2_2 = VaeCosts(
+    2_819_000_000, 5410 * _KIB, 4900 * _KIB, 4, 82 * _KIB, 1808 * _KIB, 4096, 18.9e6
+)
+_VAE_DEMO = VaeCosts(12_000_000, 560 * _KIB, 510 * _KIB, 4, 9 * _KIB, 190 * _KIB, 384, 2e5)
+# Cells that a tile of the encoder brings along on each side.
+_ENCODE_MARGIN = 10
+
+
+def vae_costs(model: Model) -> VaeCosts:
+    """Those of the model's VAE: Wan 2.1's, or TI2V's with its larger cells."""
+    if model.is_demo:
+        return _VAE_DEMO
+    return _VAE_2_1 if model.spatial == 8 else _VAE_2_2
+
+
+def block_parameters(model: Model) -> int:
+    """Numbers in one of the transformer's blocks."""
+    width = model.heads * model.head_dim
+    layers = block_layers(model)
+    matrices = sum(prod(layer.shape) + layer.outputs for layer in layers)
+    norms = (4 + 2 + (1 if model.image_encoder else 0)) * width
+    return matrices + norms + 6 * width
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of one transformer: each of its blocks, and what is around them."""
+
+    block: int
+    around: int
+
+    @classmethod
+    def of(cls, model: Model, transformer_bytes: int, dtype_bytes: int) -> "Weights":
+        around = (model.parameters - model.layers * block_parameters(model)) * dtype_bytes
+        return cls((transformer_bytes - around) // model.layers, around)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a block computes: tokens and heads at a time; None is all."""
+
+    tokens: int | None
+    heads: int | None
+
+
+# Below this, a whole sequence at once takes less than a block's weights.
+_WHOLE = 8192
+# Rows that still fill a large GPU's multiplications (160 to 640 tiles of 128×256).
+_SHORT, _LONG, _MANY = 2048, 4096, 65_536
+_HEADS = 8
+
+
+def usual_chunks(model: Model, tokens: int) -> Chunks:
+    """The chunks that cost no time worth naming."""
+    if tokens <= _WHOLE:
+        return Chunks(None, None)
+    heads = _HEADS if model.heads > _HEADS else None
+    return Chunks(_SHORT if tokens < _MANY else _LONG, heads)
+
+
+def small_chunks() -> Chunks:
+    """The chunks of a run that is short of memory."""
+    return Chunks(1024, 1)
+
+
+# Bytes a token's feature takes on the way through a chunk: float32 norm and product, 16-bit input,
+# projections, rotation; and for a whole sequence also the feed-forward's.
+_PER_CHUNK = 15
+_PER_WHOLE = 38
+# Q, K, V and the hidden state.
+_ALIVE = 4
+# What a quantised attention makes of the heads it attends: smoothed, rotated and packed copies.
+_QUANTISED_ATTENTION = 6
+
+
+def activations(
+    model: Model, tokens: int, dtype_bytes: int, chunks: Chunks, *, quantised: bool
+) -> int:
+    """The most of a forward pass of the transformer, beyond weights."""
+    width = model.heads * model.head_dim
+    chunk = tokens if chunks.tokens is None else min(chunks.tokens, tokens)
+    heads = model.heads if chunks.heads is None else min(chunks.heads, model.heads)
+    rotary = 2 * 4 * tokens * model.head_dim
+    alive = _ALIVE * tokens * width * dtype_bytes
+    per = _PER_WHOLE if chunks.tokens is None else _PER_CHUNK
+    preparing = chunk * width * per * dtype_bytes // 2
+    attended = tokens * heads * model.head_dim
+    attending = attended * (dtype_bytes + (_QUANTISED_ATTENTION if quantised else 0))
+    feeding = chunk * (model.ffn * 2 * dtype_bytes + width * 10)
+    hidden = tokens * width * dtype_bytes
+    return rotary + max(alive + max(preparing, attending), hidden + feeding)
+
+
+def text_stage(model: Model, dtype_bytes: int, swapped: int, *, on_device: bool) -> Stage:
+    """The text encoder, of whose blocks so many are swapped."""
+    if model.is_demo:
+        return Stage("text", _placed("text encoder", 2_200_000, 0, on_device=on_device))
+    bytes_ = min(dtype_bytes, 2) if dtype_bytes == 2 else dtype_bytes
+    words, block = _UMT5_WORDS * bytes_, _UMT5_BLOCK * bytes_
+    resident = words + (UMT5_BLOCKS - swapped + min(2, swapped)) * block
+    host = 2 * block if swapped else 0
+    items = (
+        Item("text encoder", resident if on_device else 0, host, host, UMT5_BLOCKS * block + words),
+        Item("activations", *_where(_UMT5_ACTIVATIONS, on_device=on_device)),
+    )
+    return Stage("text", items)
+
+
+def picture_stage(
+    model: Model, size: tuple[int, int], tile: tuple[int, int] | None, *, on_device: bool
+) -> Stage:
+    """CLIP (Wan 2.1), then the VAE's encoder; they are never there together. ``size`` and ``tile``
+    are (rows, columns) of latent cells."""
+    costs = vae_costs(model)
+    encoding = costs.weights + encode_bytes(model, size, tile)
+    clip = _CLIP * 4 + _CLIP_ACTIVATIONS if model.image_encoder else 0
+    name = "VAE encoder" if encoding >= clip else "picture encoder"
+    return Stage("picture", _placed(name, max(encoding, clip), 0, on_device=on_device))
+
+
+def encode_bytes(model: Model, size: tuple[int, int], tile: tuple[int, int] | None) -> int:
+    costs = vae_costs(model)
+    if tile is None:
+        return costs.encode * prod(size)
+    held = (min(a, b + 2 * _ENCODE_MARGIN) for a, b in zip(size, tile, strict=True))
+    return costs.encode * prod(held) + costs.small_end * prod(size)
+
+
+def decode_stage(
+    model: Model,
+    shape: tuple[int, int, int],
+    tile: tuple[int, int] | None,
+    *,
+    on_device: bool,
+    staying: int = 0,
+) -> Stage:
+    """The VAE's decoder; ``shape`` is (frames, rows, columns) of the latents, ``staying`` the bytes
+    of the transformer that stays on the device meanwhile."""
+    costs = vae_costs(model)
+    frames, rows, columns = shape
+    pixels = (4 * (frames - 1) + 1) * rows * columns * model.spatial**2 * 3
+    waiting = 0 if tile is None else frames * rows * columns * costs.features + pixels
+    decoding = decode_bytes(model, (rows, columns), tile)
+    return Stage(
+        "decode",
+        (
+            *_placed("VAE", costs.weights, 0, on_device=on_device),
+            *_placed("activations", decoding, waiting, on_device=on_device),
+            Item("transformer, waiting", staying),
+        ),
+    )
+
+
+def decode_bytes(model: Model, size: tuple[int, int], tile: tuple[int, int] | None) -> int:
+    """The most that decoding takes beyond the VAE's weights; (rows, columns) of latent cells."""
+    costs = vae_costs(model)
+    if tile is None:
+        return costs.whole * prod(size)
+    held = (min(a, b + costs.margin) for a, b in zip(size, tile, strict=True))
+    return max(costs.tiled * prod(held), costs.small_end * prod(size))
+
+
+def with_overhead(stage: Stage, *, on_device: bool) -> Stage:
+    """The stage with what every one has: the process, and on a GPU its context."""
+    host = Item("process", 0, PROCESS)
+    if not on_device:
+        return Stage(stage.name, (*stage.items, host))
+    moving = sum(item.device for item in stage.items if item.name == "activations")
+    return Stage(
+        stage.name,
+        (
+            *stage.items,
+            Item("fragmentation", int(FRAGMENTATION * moving)),
+            Item("CUDA context, libraries", CONTEXT + WORKSPACE),
+            host,
+        ),
+    )
+
+
+def tile_sizes(size: tuple[int, int]) -> Sequence[tuple[int, int]]:
+    """Ways to cut (rows, columns) of latent cells, the largest tiles first: those are quickest, as
+    each brings its neighbours' cells along."""
+    rows, columns = size
+    cuts = {
+        (-(-rows // down), -(-columns // across))
+        for down in range(1, 1 + max(1, rows // 6))
+        for across in range(1, 1 + max(1, columns // 6))
+    }
+    return sorted(cuts, key=lambda cut: (-prod(cut), abs(cut[0] - cut[1])))
+
+
+def _placed(name: str, device: int, host: int, *, on_device: bool) -> tuple[Item, ...]:
+    return (Item(name, device, host),) if on_device else (Item(name, 0, device + host),)
+
+
+def _where(nbytes: int, *, on_device: bool) -> tuple[int, int]:
+    return (nbytes, 0) if on_device else (0, nbytes)
+
+
+def conditions_bytes(model: Model, shape: tuple[int, int, int], dtype_bytes: int) -> int:
+    """What stays on the device through all steps: text, latents, what the sampler remembers."""
+    latents = prod(shape) * 4
+    text = 2 * TEXT_TOKENS * 4096 * dtype_bytes
+    return text + latents * (6 * model.latent_channels + model.in_channels)

@@ -1,0 +1,139 @@
+"""The budget's coefficients against live tensors, counted at full width on the meta device."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from sagewan.attention.launch import Launcher
+from sagewan.memory.meter import Meter
+from sagewan.model import vae as module
+from sagewan.model.attention import Attention, Turn
+from sagewan.model.transformer import install
+from sagewan.plan import budget
+from sagewan.plan.budget import Chunks
+from sagewan.plan.models import PUBLISHED
+from tests.model.test_attention import PLAN
+from tests.published import TRANSFORMERS, VAES
+
+# A plan that counts a tenth too little runs out of memory; too much swaps a block too many.
+LOW, HIGH = 0.9, 1.25
+SLOW = pytest.mark.slow
+
+
+class NoAttention(Attention):
+    """Attention whose kernel takes no memory of its own."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int) -> torch.Tensor:
+        return torch.empty_like(q)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "frames", "chunks"),
+    [
+        ("wan2.1-t2v-14b", (832, 480), 81, Chunks(2048, 8)),
+        pytest.param(*("wan2.1-t2v-14b", (1280, 720), 81, Chunks(4096, 8)), marks=SLOW),
+        pytest.param(*("wan2.1-t2v-14b", (1280, 720), 61, Chunks(1024, 1)), marks=SLOW),
+        ("wan2.1-t2v-1.3b", (832, 480), 81, Chunks(2048, 8)),
+        pytest.param(*("wan2.2-ti2v-5b", (1280, 704), 121, Chunks(2048, 8)), marks=SLOW),
+        pytest.param(*("wan2.2-t2v-a14b", (1920, 1088), 121, Chunks(4096, 8)), marks=SLOW),
+        ("wan2.1-t2v-1.3b", (416, 240), 17, Chunks(None, None)),
+    ],
+)
+def test_activations_of_the_transformer(
+    name: str, size: tuple[int, int], frames: int, chunks: Chunks
+) -> None:
+    model = PUBLISHED[name]
+    latents = torch.empty(
+        1,
+        model.in_channels,
+        (frames - 1) // 4 + 1,
+        size[1] // model.spatial,
+        size[0] // model.spatial,
+        device="meta",
+        dtype=torch.bfloat16,
+    )
+    transformer = on_meta(name)
+    attention = NoAttention(Launcher())
+    install(transformer, attention)
+    turn = Turn(PLAN, 1, lambda: None, chunk=chunks.tokens, heads=chunks.heads)
+    text = torch.empty(1, 512, 4096, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), attention.during(turn), Meter() as meter:
+        transformer(latents, torch.empty(1, device="meta"), text)
+    counted = budget.activations(model, model.tokens(size, frames), 2, chunks, quantised=False)
+    assert LOW < counted / meter.peak < HIGH, (counted / meter.peak, meter.peak / 2**30)
+
+
+def on_meta(name: str) -> Any:
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**{**TRANSFORMERS[name], "num_layers": 1})
+    return model.to(torch.bfloat16)
+
+
+@pytest.fixture
+def without_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VAE's attention on the meta device makes a matrix of scores, which no GPU does."""
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention", lambda q, *_: torch.empty_like(q)
+    )
+    monkeypatch.setattr(module, "_HOST", "meta")
+
+
+def vae_on_meta(name: str) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    with torch.device("meta"):
+        return AutoencoderKLWan(**VAES[name]).eval()
+
+
+@pytest.mark.usefixtures("without_attention")
+@pytest.mark.parametrize("name", ["wan2.1-t2v-14b", "wan2.2-ti2v-5b"])
+@pytest.mark.parametrize("tile", [None, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW)])
+def test_decoding(name: str, tile: int | None) -> None:
+    model, vae = PUBLISHED[name], vae_on_meta(name)
+    rows, columns = 480 // model.spatial, 832 // model.spatial
+    size = None if tile is None else (rows // tile // 2, columns // tile)
+    latents = torch.empty(1, model.latent_channels, 3, rows, columns, device="meta")
+    features = 0
+    with torch.no_grad(), Meter() as meter:
+        if size is None:
+            for _ in module.decode_pieces(latents, vae):
+                pass
+        else:
+            # What waits for its tile lies on the host.
+            features = 3 * rows * columns * budget.vae_costs(model).features
+            for _ in module.decode_tiles(latents, vae, size):
+                pass
+    counted = budget.decode_bytes(model, (rows, columns), size)
+    peak = meter.peak - features
+    assert LOW < counted / peak < HIGH, (counted / peak, peak / 2**30)
+
+
+@pytest.mark.usefixtures("without_attention")
+@pytest.mark.parametrize("name", ["wan2.1-t2v-14b", "wan2.2-ti2v-5b"])
+@pytest.mark.parametrize("tile", [None, pytest.param((15, 13), marks=SLOW)])
+def test_encoding(name: str, tile: tuple[int, int] | None) -> None:
+    model, vae = PUBLISHED[name], vae_on_meta(name)
+    rows, columns = 480 // model.spatial, 832 // model.spatial
+    video = torch.empty(1, 3, 4, 480, 832, device="meta")
+    with torch.no_grad(), Meter() as meter:
+        module.encode(lambda start, stop: video[:, :, : stop - start], 9, vae, tile)
+    counted = budget.encode_bytes(model, (rows, columns), tile)
+    features = 0 if tile is None else 3 * rows * columns * budget.vae_costs(model).features
+    peak = meter.peak - features
+    assert LOW < counted / peak < HIGH + 0.1, (counted / peak, peak / 2**30)
+
+
+def test_a_storage_counts_from_its_first_tensor_to_its_last() -> None:
+    with Meter() as meter:
+        a = torch.empty(1000, device="meta")
+        b = a + 1
+        del a
+        c = (b * 2).view(10, 100)
+        del b
+    assert (meter.peak, meter.live) == (8000, 4000)
+    assert c.shape == (10, 100)

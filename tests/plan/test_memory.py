@@ -1,0 +1,205 @@
+"""The budget: the sums hold together, and the decisions follow from them."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagewan.plan import budget
+from sagewan.plan.budget import GIB, Chunks, activations, block_parameters, tile_sizes
+from sagewan.plan.evidence import Evidence, Shortage
+from sagewan.plan.layers import weight_shapes
+from sagewan.plan.models import PUBLISHED
+from sagewan.plan.plan import Plan, make_plan
+from sagewan.plan.pretend import pretend
+from sagewan.plan.request import Request
+from sagewan.plan.speed import RATES, card_of, estimated_seconds
+from tests.machines import machine
+
+T2V = PUBLISHED["wan2.1-t2v-14b"]
+
+
+def plan(
+    model: str = "wan2.1-t2v-14b",
+    *,
+    vram: float | None = 12,
+    gpu: str | None = None,
+    ram: float | None = 32,
+    evidence: Evidence | None = None,
+    **fields: Any,
+) -> Plan:
+    hardware = pretend(machine(), gpu=gpu, vram=vram, ram=ram)
+    request = Request(prompt="x", **fields)
+    return make_plan(request, PUBLISHED[model], hardware, evidence or Evidence())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_blocks_and_what_is_around_them_are_all_parameters(name: str) -> None:
+    model = PUBLISHED[name]
+    around = model.parameters - model.layers * block_parameters(model)
+    assert 0 < around < 0.06 * model.parameters
+    # The table of every weight agrees, but for biases.
+    in_blocks = sum(
+        budget.prod(shape)
+        for weight, shape in weight_shapes(model).items()
+        if weight.startswith("blocks.")
+    )
+    assert 0 <= model.layers * block_parameters(model) - in_blocks < 0.001 * model.parameters
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b"]),
+    st.sampled_from([6, 8, 12, 16, 24, 48, 80]),
+    st.sampled_from([(832, 480), (1280, 704), (1920, 1088)]),
+    st.sampled_from([17, 81, 121]),
+    st.sampled_from(["none", "fp8_scaled", "fp4_scaled"]),
+)
+def test_a_plan_fits_or_says_so(
+    name: str, vram: float, size: tuple[int, int], frames: int, quantization: str
+) -> None:
+    image = {"image": "a.png"} if "i2v-a" in name else {}
+    found = plan(name, vram=vram, size=size, frames=frames, quantization=quantization, **image)
+    memory = found.memory
+    said = any("will not fit" in note for note in found.notes)
+    assert memory.fits != said
+    assert memory.room <= vram * GIB - GIB // 2
+    assert memory.device_peak == max(stage.device for stage in memory.stages)
+    if memory.fits:
+        assert all(stage.device <= memory.room for stage in memory.stages)
+    assert 0 <= memory.block_swap <= found.model.layers
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["none", "fp8_scaled", "fp4_scaled"]), st.sampled_from([17, 49, 81]))
+def test_more_memory_never_swaps_more(quantization: str, frames: int) -> None:
+    swaps = [
+        plan(vram=vram, quantization=quantization, frames=frames).memory.block_swap
+        for vram in (6, 8, 10, 12, 16, 24, 32, 48, 80)
+    ]
+    assert swaps == sorted(swaps, reverse=True)
+    assert swaps[-1] == 0
+
+
+def test_no_more_is_swapped_than_is_needed() -> None:
+    found = plan(vram=12, quantization="fp8_scaled").memory
+    assert 3 <= found.block_swap < 40
+    denoise = next(stage for stage in found.stages if stage.name == "denoise")
+    weights = budget.Weights.of(T2V, plan(quantization="fp8_scaled").weights.bytes, 2)
+    assert denoise.device + weights.block > found.room
+
+
+def test_what_is_asked_for_is_the_least_that_is_swapped() -> None:
+    assert plan(vram=80, quantization="fp8_scaled", block_swap=20).memory.block_swap == 20
+    assert plan(vram=80, quantization="fp8_scaled", block_swap=500).memory.block_swap == 40
+    found = plan(vram=12, quantization="fp8_scaled", block_swap=4)
+    assert found.memory.block_swap > 4
+    assert any("not 4" in note for note in found.notes)
+
+
+def test_on_a_cpu_nothing_is_swapped_and_it_is_said() -> None:
+    request = Request(prompt="x", block_swap=4)
+    found = make_plan(request, PUBLISHED["wan2.1-t2v-1.3b"], machine(), Evidence())
+    assert found.memory.block_swap == 0
+    assert any("changes nothing on a CPU" in note for note in found.notes)
+
+
+def test_half_of_a_windows_machine_s_memory_is_not_pinned() -> None:
+    hardware = replace(pretend(machine(), gpu=None, vram=8, ram=16), system="Windows")
+    request = Request(prompt="x", quantization="none")
+    found = make_plan(request, T2V, hardware, Evidence()).memory
+    assert found.pinned <= 0.45 * 16 * GIB
+    denoise = next(stage for stage in found.stages if stage.name == "denoise")
+    transformer = denoise.items[0]
+    # What is not pinned stays in the pages of its files.
+    assert transformer.host + transformer.mapped > 20 * GIB
+    assert transformer.host == transformer.pinned
+
+
+def test_what_would_fit_is_said_and_fits() -> None:
+    found = plan(vram=8, size=(1920, 1088), frames=121)
+    assert not found.memory.fits
+    note = next(note for note in found.notes if "will not fit" in note)
+    frames = int(note.split("--frames ")[1].split()[0])
+    width, height = (int(side) for side in note.split("--size ")[1].split()[0].split("x"))
+    assert plan(vram=8, size=(1920, 1088), frames=frames).memory.fits
+    assert plan(vram=8, size=(width, height), frames=121).memory.fits
+
+
+def test_too_little_host_memory_is_said() -> None:
+    found = plan(vram=12, ram=8, quantization="fp8_scaled")
+    assert any("host memory" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+def test_after_a_shortage_the_next_plan_takes_less(stage: str) -> None:
+    model, image = "wan2.2-i2v-a14b", {"image": "a.png"}
+    before = plan(model, vram=24, quantization="fp4_scaled", **image).memory
+    for _ in range(3):
+        tile = before.encode_tile if stage == "encode" else before.decode_tile
+        short = Shortage(stage=stage, block_swap=before.block_swap, tile=tile, what="no memory")
+        after = plan(
+            model,
+            vram=24,
+            quantization="fp4_scaled",
+            evidence=Evidence(shortages=(short,)),
+            **image,
+        ).memory
+        if stage == "denoise":
+            assert after.block_swap > before.block_swap or before.block_swap == 40
+            assert (after.chunks.tokens or 0) <= (before.chunks.tokens or 0)
+        else:
+            new = after.encode_tile if stage == "encode" else after.decode_tile
+            assert new is not None
+            assert tile is None or budget.prod(new) < budget.prod(tile)
+        before = after
+
+
+@given(st.integers(6, 150), st.integers(6, 250))
+def test_tiles_come_largest_first_and_the_first_is_everything(rows: int, columns: int) -> None:
+    sizes = tile_sizes((rows, columns))
+    assert sizes[0] == (rows, columns)
+    areas = [budget.prod(size) for size in sizes]
+    assert areas == sorted(areas, reverse=True)
+
+
+def test_activations_at_480p_and_720p_stay_below_what_was_promised() -> None:
+    for tokens, limit in ((32_760, 1.5), (75_600, 3.3)):
+        chunks = budget.usual_chunks(T2V, tokens)
+        assert activations(T2V, tokens, 2, chunks, quantised=False) <= limit * GIB
+
+
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        ("NVIDIA GeForce RTX 4060 Ti", "rtx-4060-ti"),
+        ("NVIDIA GeForce RTX 4060", "rtx-4060"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4070 SUPER", "rtx-4070"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_a_card_is_known_by_the_name_its_driver_has(found: str, name: str | None) -> None:
+    device = replace(machine("H100").devices[0], name=found)
+    assert card_of(device) == name
+
+
+def test_minutes_grow_with_steps_and_length_and_shrink_with_the_card() -> None:
+    def seconds(**changes: Any) -> float:
+        settings_ = {"gpu": "rtx-4090", "vram": None, "quantization": "fp8_scaled", **changes}
+        found = estimated_seconds(plan(**settings_))
+        assert found is not None
+        return found
+
+    assert seconds(steps=40) > 1.8 * seconds(steps=20)
+    assert seconds(frames=81) > 4 * seconds(frames=21)
+    assert seconds(gpu="rtx-4060") > 2 * seconds()
+    assert seconds(cfg=1.0) < 0.6 * seconds()
+    assert set(RATES) >= {"rtx-3060", "h100"}
+
+
+def test_chunks_are_for_long_sequences() -> None:
+    assert budget.usual_chunks(T2V, 1000) == Chunks(None, None)
+    assert budget.usual_chunks(T2V, 75_600) == Chunks(4096, 8)

@@ -1,6 +1,8 @@
 """What the page's events do, without a page."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from sagewan.jobs.queue import Queue
 from sagewan.jobs.states import State
 from sagewan.pipeline.draft import ANY_PROMPT
+from sagewan.plan.hardware import Device
 from sagewan.plan.request import Request
 from sagewan.ui.handlers import Handlers
 from sagewan.ui.planned import modes_here, plan_view, preset_here, quantizations_here
@@ -141,3 +144,17 @@ def test_without_a_card_no_preset_is_marked_and_a_plan_can_be_shown() -> None:
     view = plan_view(draft_plan(Request(prompt="a red ball"), machine()), Words("zh"))
     assert view.mode == "sdpa"
     assert view.fits
+
+
+@pytest.mark.parametrize(("gpu", "fits"), [("3080", True), ("H100", True)])
+def test_the_memory_of_a_card_is_a_bar_in_words(gpu: str, fits: bool) -> None:
+    from sagewan.pipeline.draft import draft_plan
+
+    request = Request(prompt=ANY_PROMPT, preset="low-vram", model="wan2.1-t2v-14b")
+    hardware = replace(machine(gpu, triton="3.7.1"), cpu=Device(name="cpu", memory_free=64 << 30))
+    view = plan_view(draft_plan(request, hardware), Words("zh"))
+    assert view.fits is fits
+    assert 0 < sum(share for *_, share in view.parts) <= 1
+    assert "GiB" in view.memory
+    assert not re.search("[a-z]{4,}", view.memory.replace("transformer", "").replace("NVIDIA", ""))
+    assert any("块中有" in value for _, value in view.lines)

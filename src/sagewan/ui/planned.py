@@ -6,13 +6,18 @@ from dataclasses import dataclass, replace
 from sagewan.errors import SagewanError
 from sagewan.pipeline.draft import draft_plan
 from sagewan.plan.attention import Fallback
-from sagewan.plan.hardware import GIB, Hardware
+from sagewan.plan.hardware import GIB, Device, Hardware
+from sagewan.plan.memory import MemoryPlan
 from sagewan.plan.modes import AUTO, MODES, fitting_preset
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import QUANTIZATIONS, Request
 from sagewan.plan.serialize import plan_to_json
+from sagewan.plan.speed import estimated_seconds
 from sagewan.ui.views import fallback_notes
 from sagewan.ui.words import Words
+
+# Parts of the memory below this share of it are too small for the bar.
+_SHOWN = 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +119,7 @@ def _quantization_here(request: Request, hardware: Hardware, words: Words) -> Mo
 
 def plan_view(plan: Plan, words: Words) -> PlanView:
     """What would run, and what it needs."""
-    total = plan.device.memory_free or plan.device.memory_total
-    weights = plan.weight_bytes / plan.model.experts
-    share = min(weights / total, 1.0) if total else 0.0
+    parts, sentence = _memory(plan.memory, plan.device, words)
     return PlanView(
         mode=plan.attention.main.mode,
         brief=(
@@ -128,15 +131,36 @@ def plan_view(plan: Plan, words: Words) -> PlanView:
         lines=tuple(_lines(plan, words)),
         notes=tuple(words.sentence(note) for note in plan.notes),
         fallbacks=tuple(fallback_notes(planned_steps(plan), words)),
-        parts=((words("plan.weights"), weights / GIB, share),),
-        memory=words(
-            "plan.memory",
-            used=f"{weights / GIB:.2f}",
-            free=f"{total / GIB:.1f}",
-            device=plan.device.name,
-        ),
-        fits=not total or weights <= total,
+        parts=parts,
+        memory=sentence,
+        fits=plan.memory.fits,
     )
+
+
+def _memory(
+    memory: MemoryPlan, device: Device, words: Words
+) -> tuple[tuple[tuple[str, float, float], ...], str]:
+    """The bar of the stage that takes most of the device (on a CPU, of the host), and its
+    sentence."""
+    on_device = memory.on_device
+    stage = max(memory.stages, key=lambda stage: stage.device if on_device else stage.host)
+    room = memory.room if on_device else memory.host_room
+    sizes = [(item.name, item.device if on_device else item.host) for item in stage.items]
+    parts = tuple(
+        (f"{words.sentence(name)} {size / GIB:.2f} GiB", size / GIB, min(size / room, 1.0))
+        for name, size in sizes
+        if room and size / room >= _SHOWN
+    )
+    used = stage.device if on_device else stage.host
+    sentence = words(
+        "plan.memory",
+        used=f"{used / GIB:.2f}",
+        free=f"{room / GIB:.1f}",
+        device=device.name,
+        stage=words.stage(stage.name),
+        most=words.joined(name for name, *_ in parts),
+    )
+    return parts, sentence
 
 
 def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
@@ -154,6 +178,12 @@ def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
         (words("plan.tokens"), f"{plan.tokens:,}"),
         (words("plan.device"), f"{plan.device.name} · {plan.dtype}"),
     ]
+    if plan.memory.on_device:
+        swapped = words("plan.swapped", count=plan.memory.block_swap, blocks=plan.model.layers)
+        lines.append((words("field.block_swap"), swapped))
+    seconds = estimated_seconds(plan)
+    if seconds is not None:
+        lines.append((words("plan.time"), words("plan.about", time=words.seconds(seconds))))
     if plan.attention.ends:
         counts = words("plan.ends", first=plan.attention.first, last=plan.attention.last)
         lines.insert(2, (counts, plan.attention.ends.row.mode))

@@ -1,5 +1,6 @@
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,45 @@ def test_another_place_leaves_the_weights_as_they_are(shrunken_folder: Folder) -
         found = module.state_dict()
         assert all(torch.equal(found[name], saved[name]) for name in saved)
     session.close()
+
+
+def test_another_pin_budget_moves_nothing(shrunken_folder: Folder) -> None:
+    from sagewan.attention.launch import Launcher
+    from sagewan.pipeline.build import build
+    from tests.pipeline.runs import plan_for
+
+    with Session() as session:
+        part = build(plan_for(shrunken_folder("wan2.1-t2v-1.3b")), Launcher(), session)
+        transformer = part.transformers[0]
+        placements = []
+        for budget in (1 << 30, 1 << 29):
+            with transformer.on(Place(device="cpu", swapped=2, pin_budget=budget), stays=True):
+                placements.append(transformer.placement)
+        assert placements[0] is placements[1]
+
+
+def test_encoders_find_the_device_empty(
+    shrunken_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the transformer stayed after the video before."""
+    from sagewan.plan import plan as module
+
+    decide = module.plan_memory
+    monkeypatch.setattr(module, "plan_memory", lambda *a: replace(decide(*a), stays=True))
+    entered: list[list[str]] = []
+    with Session() as session:
+        enter = Part._enter
+
+        def noted(self: Part, place: Place) -> object:
+            on = [p.name for p in session._parts.values() if p.placement and p.placement.entered]
+            entered.append([self.name, *on])
+            return enter(self, place)
+
+        monkeypatch.setattr(Part, "_enter", noted)
+        for prompt in (PROMPT, NEGATIVE):
+            session.generate(
+                request(shrunken_folder("wan2.1-t2v-1.3b"), tmp_path / "x.mp4", prompt=prompt)
+            )
+    texts = [others for name, *others in entered if name == "text_encoder"]
+    assert texts == [[], []]
+    assert ["vae", "transformer"] in entered

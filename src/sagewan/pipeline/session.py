@@ -11,6 +11,7 @@ import torch
 
 from sagewan.memory.placement import Place, Placement
 from sagewan.pipeline.progress import Watch
+from sagewan.plan.budget import CONTEXT
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.lora import LoraFile
 
@@ -102,7 +103,10 @@ class Part:
 
     def _enter(self, place: Place) -> Any:
         place = replace(place, keeps_host=self.kept)
-        if self._placement and self._placement.place != place:
+        # Free host memory is never twice the same; what is pinned already is worth more.
+        if self._placement and self._placement.place != replace(
+            place, pin_budget=self._placement.place.pin_budget
+        ):
             self._placement.detach()
             self._placement = None
         if self._module is None:
@@ -197,14 +201,14 @@ class Session:
         return execute(prepared, watch, session=self)
 
     def without_own(self, hardware: Hardware) -> Hardware:
-        """The machine as if this session held none of its memory."""
+        """The machine as if this session held none of its memory, and had no context there."""
         if not self._parts or not hardware.usable:
             return hardware
         if not torch.cuda.is_initialized():
             return hardware
         held = [torch.cuda.memory_reserved(device.torch_name) for device in hardware.devices]
         devices = tuple(
-            replace(device, memory_free=device.memory_free + own)
+            replace(device, memory_free=device.memory_free + own + CONTEXT * (own > 0))
             for device, own in zip(hardware.devices, held, strict=True)
         )
         return replace(hardware, devices=devices)
@@ -232,6 +236,8 @@ class Session:
         """The conditions kept under this key, or those that ``encode`` gives."""
         if self._conditions is None or self._conditions[0] != key:
             self._conditions = None
+            # The transformer may have stayed, in the room that the encoders want now.
+            self.leave_device()
             found = encode()
             if not self.keeps:
                 return found

@@ -39,10 +39,13 @@ def tiled(latents: torch.Tensor, vae: Any, size: tuple[int, int]) -> torch.Tenso
     return out
 
 
-@pytest.mark.parametrize("size", [(20, 9), (6, 100)])
+# Long in one direction, so that a tile does not reach all of it.
+@pytest.mark.parametrize(("sides", "size"), [((6, 34), (6, 9)), ((34, 5), (9, 100))])
 @torch.inference_mode()
-def test_tiles_decode_to_what_the_whole_does(vae: Any, size: tuple[int, int]) -> None:
-    latents = noise(1, vae.config.z_dim, 2, 20, 36)
+def test_tiles_decode_to_what_the_whole_does(
+    vae: Any, sides: tuple[int, int], size: tuple[int, int]
+) -> None:
+    latents = noise(1, vae.config.z_dim, 2, *sides)
     whole = torch.cat(list(decode_pieces(latents, vae)), 2)
     assert (tiled(latents, vae, size) - whole).abs().max() < ROUNDING * whole.abs().max()
 
@@ -59,13 +62,13 @@ def test_one_cell_less_of_the_neighbours_shows(vae: Any, monkeypatch: pytest.Mon
         assert error > 1e-7, level
 
 
-@pytest.mark.parametrize("size", [None, (100, 100), (5, 20), (20, 12)])
+@pytest.mark.parametrize("size", [None, (5, 20), (20, 12)])
 @torch.inference_mode()
 def test_tiles_encode_to_what_the_whole_does(vae: Any, size: tuple[int, int] | None) -> None:
     scale = vae.config.scale_factor_spatial
-    video = noise(1, 3, 9, 8 * scale, 36 * scale).clamp(-1, 1)
+    video = noise(1, 3, 5, 6 * scale, 36 * scale).clamp(-1, 1)
     expected = vae.encode(video).latent_dist.mode()
-    found = encode(lambda start, stop: video[:, :, start:stop], 9, vae, size)
+    found = encode(lambda start, stop: video[:, :, start:stop], 5, vae, size)
     if size is None:
         assert torch.equal(found, expected)
     assert (found - expected).abs().max() < ROUNDING * expected.abs().max()

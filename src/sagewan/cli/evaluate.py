@@ -9,12 +9,13 @@ from sagewan.cli.show import shown
 from sagewan.errors import RequestError
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.modes import MODES
+from sagewan.plan.parse import parsed
 from sagewan.plan.request import NO_QUANTIZATION, Request
 
 # The fields of a request that all clips share.
 _FIELDS = (
     *("model", "negative", "lora", "steps", "cfg", "cfg_2", "boundary", "shift", "scheduler"),
-    *("seed", "size", "frames", "device", "dtype", "emulate"),
+    *("size", "frames", "device", "dtype", "emulate"),
 )
 
 
@@ -52,12 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where the table goes; one that was stopped there goes on (evaluation)",
     )
+    parser.add_argument(
+        "--seed", default="0", metavar="N", help="of the first clip; each next has one more (0)"
+    )
     add_field_flags(parser, _FIELDS)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, and print the table."""
-    fields = {"seed": 0} | fields_from(arguments, _FIELDS)
+    fields = {"seed": parsed("seed", arguments.seed)} | fields_from(arguments, _FIELDS)
     for mode in arguments.attention:
         for kind in arguments.quantization:
             # Refuses unknown names as everywhere.

@@ -17,6 +17,7 @@ from sagewan.pipeline.decode import decode, decode_batch
 from sagewan.pipeline.denoise import NotFinite, denoise, expert_of, predict, start
 from sagewan.pipeline.guard import FrameGuard
 from sagewan.pipeline.progress import Event, Watch
+from sagewan.plan.budget import Chunks
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import SCHEDULERS
 from tests.pipeline.runs import latents_of, picture, plan_for
@@ -178,7 +179,14 @@ def test_a_batch_is_its_videos(name: str, shrunken_folder: Folder) -> None:
     of_one = predict(components, plan, conditions, [(step, x[1:2]) for step, x in points])
     for found, expected in zip(of_batch, of_one, strict=True):
         assert torch.allclose(found[1:2], expected, atol=1e-4)
-    frames = decode_batch(components, plan, together)
-    own = np.stack(list(decode(components, plan, together[2:], FrameGuard())))
-    assert frames.dtype == torch.uint8
-    assert np.abs(frames[2].numpy().astype(int) - own).max() <= 1
+    chunked = replace(plan, memory=replace(plan.memory, chunks=Chunks(tokens=3, heads=1)))
+    for found, expected in zip(
+        predict(components, chunked, conditions, points), of_batch, strict=True
+    ):
+        assert torch.allclose(found, expected, atol=1e-4)
+    tiled = replace(plan, memory=replace(plan.memory, decode_tile=(3, 2)))
+    for each in (plan, tiled):
+        frames = decode_batch(components, each, together)
+        own = np.stack(list(decode(components, each, together[2:], FrameGuard())))
+        assert frames.dtype == torch.uint8
+        assert np.abs(frames[2].numpy().astype(int) - own).max() <= 1

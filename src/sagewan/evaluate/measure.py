@@ -15,7 +15,7 @@ from sagewan.errors import RejectedError
 from sagewan.evaluate.cells import Cell, ran
 from sagewan.evaluate.held_out import Asked, judge
 from sagewan.pipeline.build import Components, build
-from sagewan.pipeline.conditions import Conditions, encode_text, guided
+from sagewan.pipeline.conditions import Conditions, encode
 from sagewan.pipeline.decode import decode_batch
 from sagewan.pipeline.denoise import NotFinite, RowFailed, Snapshot, denoise, predict, start
 from sagewan.pipeline.metrics import decibels, similarities, square_errors
@@ -78,7 +78,8 @@ class Batch:
     def _run(self, cell: Cell, began: float) -> list[dict[str, Any]]:
         plan, launcher = cell.decision.plan, Launcher()
         components = build(plan, launcher, self._session, self._watch)
-        conditions = self._conditions = self._conditions or self._encode(components, plan)
+        conditions = self._conditions or encode(components, plan, {}, self._prompts)
+        self._conditions = conditions
         noise = start(plan, [clip.seed for clip in self._clips])
         latents = _latents(components, plan, conditions, noise, self._watch)
         seconds = (time.perf_counter() - began) / len(self._clips)
@@ -103,14 +104,9 @@ class Batch:
             for alike, right in zip(likeness, self._right(frames), strict=True)
         ]
 
-    def _encode(self, components: Components, plan: Plan) -> Conditions:
-        with components.text_encoder.on(plan.device.torch_name) as encoder, torch.inference_mode():
-            prompts = [clip.asked.prompt for clip in self._clips]
-            prompt = encode_text(prompts, components.tokenizer, encoder)
-            negative = None
-            if guided(plan.steps):
-                negative = encode_text([plan.negative], components.tokenizer, encoder)
-        return Conditions(prompt=prompt, negative=negative)
+    @property
+    def _prompts(self) -> list[str]:
+        return [clip.asked.prompt for clip in self._clips]
 
     def _likeness(
         self, frames: Tensor, latents: Tensor, components: Components, plan: Plan

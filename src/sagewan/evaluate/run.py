@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sagewan.attention.launch import is_out_of_memory
 from sagewan.checkpoint.find import find_model
 from sagewan.checkpoint.lora import find_loras
 from sagewan.errors import RequestError, UnsupportedError
@@ -17,6 +18,7 @@ from sagewan.evaluate.held_out import Asked, held_out_prompts
 from sagewan.evaluate.measure import Batch, Clip
 from sagewan.evaluate.record import Record
 from sagewan.evaluate.table import chart, markdown, summary
+from sagewan.pipeline.denoise import NoMemory
 from sagewan.pipeline.files import written_whole
 from sagewan.pipeline.probe import probe
 from sagewan.pipeline.progress import Watch
@@ -93,12 +95,10 @@ def evaluate(evaluation: Evaluation, *, watch: Watch | None = None) -> Evaluated
 
 @contextmanager
 def _memory_told(plan: Plan) -> Iterator[None]:
-    from sagewan.attention.launch import is_out_of_memory
-
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, NoMemory) as error:
+        if not (isinstance(error, NoMemory) or is_out_of_memory(error)):
             raise
         raise UnsupportedError(
             f"{plan.device.name} ran out of memory; choose a smaller --batch, --size or --frames "

@@ -40,14 +40,20 @@ class Conditions:
 
 
 @torch.inference_mode()
-def encode(components: Components, plan: Plan, pictures: "Mapping[str, Image]") -> Conditions:
+def encode(
+    components: Components,
+    plan: Plan,
+    pictures: "Mapping[str, Image]",
+    prompts: Sequence[str] = (),
+) -> Conditions:
     """Text and pictures → conditions. ``pictures`` by the request's fields, ``image`` and
-    ``last_image``, as ``load_picture`` gives them; empty for text to video."""
+    ``last_image``, as ``load_picture`` gives them; empty for text to video. ``prompts`` are those
+    of a batch, in place of the plan's own."""
     device = plan.device.torch_name
     memory = plan.memory
     place = Place(device=device, swapped=memory.text_swap, pin_budget=memory.pin_budget)
     with components.text_encoder.on(place) as encoder:
-        prompt = encode_text([plan.request.prompt], components.tokenizer, encoder)
+        prompt = encode_text(prompts or [plan.request.prompt], components.tokenizer, encoder)
         negative = None
         if guided(plan.steps):
             negative = encode_text([plan.negative], components.tokenizer, encoder)

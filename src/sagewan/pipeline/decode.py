@@ -61,10 +61,14 @@ def _whole_frames(latents: Tensor, vae: Any, plan: Plan, guard: FrameGuard) -> T
 @torch.inference_mode()
 def decode_batch(components: Components, plan: Plan, latents: Tensor) -> Tensor:
     """Latents [B, C, F, H, W] → all frames, uint8 RGB [B, T, height, width, 3] on the device: the
-    values that :func:`decode` gives. A few videos are decoded at a time."""
+    values that :func:`decode` gives. A few small videos are decoded at a time."""
     width, height = plan.grid_size
     at_once = max(1, _PIXELS // (width * height * plan.model.temporal))
     with components.vae.on(plan.device.torch_name) as vae:
+        if plan.memory.decode_tile is not None:
+            ready = (_ready(one, vae) for one in latents.split(1))
+            whole = torch.cat([_whole_frames(one, vae, plan, FrameGuard()) for one in ready])
+            return _cropped(whole, plan.size).to(latents.device)
         videos = [
             torch.cat(
                 [_cropped(_bytes(x), plan.size) for x in decode_pieces(_ready(part, vae), vae)],

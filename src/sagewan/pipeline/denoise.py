@@ -84,14 +84,7 @@ def denoise(
     """
     state = resume or start(plan)
     latents, sampler = state.latents, state.sampler.copy()
-    chunks = plan.memory.chunks
-    turn = Turn(
-        plan.attention,
-        len(sampler.times),
-        watch.check,
-        chunk=chunks.tokens,
-        heads=chunks.heads,
-    )
+    turn = _turn(plan, len(sampler.times), watch.check)
     watch.stage("denoise", turn.steps)
     with components.attention.during(turn), _experts(components, plan) as expert:
         for step in range(state.step, turn.steps):
@@ -119,14 +112,19 @@ def denoise(
     return _with_first_frame(latents, plan, conditions)
 
 
+def _turn(plan: Plan, steps: int, check: Callable[[], None]) -> Turn:
+    chunks = plan.memory.chunks
+    return Turn(plan.attention, steps, check, chunk=chunks.tokens, heads=chunks.heads)
+
+
 @torch.inference_mode()
 def predict(
     components: Components, plan: Plan, conditions: Conditions, points: Sequence[tuple[int, Tensor]]
 ) -> list[Tensor]:
     """The flow that the transformer predicts, without guidance, for each (step from 0, latents
     [B, C, F, H, W] as they are before it). Raises ImplementationError."""
-    turn = Turn(plan.attention, plan.steps.count, lambda: None)
     times = start(plan).sampler.times
+    turn = _turn(plan, len(times), lambda: None)
     with components.attention.during(turn), _experts(components, plan) as expert:
         found = []
         for step, latents in points:

@@ -29,6 +29,7 @@ class ModeHere:
     formats: str
     runs: str | None
     why: str | None
+    emulated: bool = False
 
     @property
     def itself(self) -> bool:
@@ -65,16 +66,18 @@ def modes_here(request: Request, hardware: Hardware, words: Words) -> list[ModeH
 def _mode_here(request: Request, hardware: Hardware, words: Words) -> ModeHere:
     name = str(request.attention)
     runs = why = None
+    emulated = False
     try:
         attention = draft_plan(request, hardware).attention
     except SagewanError as error:
         why = words.sentence(str(error))
     else:
-        runs = attention.main.mode
+        runs, emulated = attention.main.mode, attention.main.row.emulated
         why = words.joined(_reasons(attention.fallbacks, words)) or None
     mode = MODES[name]
     formats = f"Q·Kᵀ {words.format(mode.qk)}, P·V {words.format(mode.pv)}"
-    return ModeHere(name=name, use=words(f"mode.{name}"), formats=formats, runs=runs, why=why)
+    use = words(f"mode.{name}")
+    return ModeHere(name=name, use=use, formats=formats, runs=runs, why=why, emulated=emulated)
 
 
 def planned_steps(plan: Plan) -> list[dict[str, str]]:

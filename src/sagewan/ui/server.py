@@ -4,6 +4,7 @@ its own (``sagewan queue work``), so that nothing it does can take the page down
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 import gradio as gr
@@ -64,7 +65,6 @@ def make_app(site: Site) -> FastAPI:
             max_file_size=MAX_BYTES,
             theme=theme,
             css=static("style.css"),
-            head=_head(language),
             show_error=True,
             ssr_mode=False,
             pwa=False,
@@ -77,8 +77,7 @@ def _head(language: str) -> str:
     """gradio's own words follow the browser; on a page that was chosen, they follow the page."""
     code = {"en": "en-US", "zh": "zh-CN"}[language]
     return (
-        f"<script>document.documentElement.lang='{language}';"
-        f"for(const[k,v]of Object.entries({{language:'{code}',languages:['{code}']}}))"
+        f"<script>for(const[k,v]of Object.entries({{language:'{code}',languages:['{code}']}}))"
         "Object.defineProperty(navigator,k,{get:()=>v});</script>"
     )
 
@@ -86,10 +85,28 @@ def _head(language: str) -> str:
 async def _known_languages(
     request: Request, go_on: Callable[[Request], Awaitable[Response]]
 ) -> Response:
-    """/en → /en/, so that gradio's relative addresses are right."""
-    if request.url.path.strip("/") in LANGUAGES and not request.url.path.endswith("/"):
+    """/en → /en/, so that gradio's relative addresses are right; and the page's language is told
+    to gradio."""
+    language = request.url.path.strip("/")
+    if language not in LANGUAGES:
+        return await go_on(request)
+    if not request.url.path.endswith("/"):
         return RedirectResponse(f"{request.url.path}/")
-    return await go_on(request)
+    answer = await go_on(request)
+    # Behind a middleware every answer comes in parts.
+    parts = getattr(answer, "body_iterator", None)
+    if parts is None or answer.status_code != HTTPStatus.OK:
+        return answer
+    body = b"".join([_bytes(part) async for part in parts]).decode()
+    # First of all in the head: gradio's own script asks for the language as soon as it runs.
+    html = body.replace('lang="en"', f'lang="{language}"', 1)
+    html = html.replace("<head>", f"<head>{_head(language)}", 1)
+    kept = {name: value for name, value in answer.headers.items() if name != "content-length"}
+    return Response(html, headers=kept)
+
+
+def _bytes(part: str | bytes | memoryview) -> bytes:
+    return part.encode() if isinstance(part, str) else bytes(part)
 
 
 def _home(request: Request) -> Response:

@@ -51,7 +51,7 @@ def test_from_a_first_visit_to_a_video_and_back_from_its_file(
     server: Server, visit: Open, tmp_path: Path
 ) -> None:
     page = visit()
-    ask(page, "a red ball rolls to the right", steps=3)
+    ask(page, "a red ball rolls to the right", steps=60)
     page.click("#sw-go")
     page.wait_for_selector(".sw-stage img")
     video = page.wait_for_selector("#sw-live .sw-stage video")
@@ -66,14 +66,14 @@ def test_from_a_first_visit_to_a_video_and_back_from_its_file(
     assert path.name == "a-red-ball-rolls-to-the-right.mp4"
     assert max(frame.max() for frame in read_frames(path)) > 60
     kept = read_settings(path)
-    assert (kept["prompt"], kept["seed"], kept["steps"]) == ("a red ball rolls to the right", 1, 3)
+    assert (kept["prompt"], kept["seed"], kept["steps"]) == ("a red ball rolls to the right", 1, 60)
     tab(page, "Model Settings")
     page.click("text=Reset all settings")
     page.wait_for_function(f"{STEPS} === ''")
     page.set_input_files(
         "input[type=file][accept*=mp4], #component-from-file input[type=file]", path
     )
-    page.wait_for_function(f"{STEPS} === '3'")
+    page.wait_for_function(f"{STEPS} === '60'")
 
 
 def test_a_run_is_cancelled_in_the_middle_and_the_next_one_runs(
@@ -266,7 +266,7 @@ def test_the_queue_survives_a_restart_in_the_middle(visit: Open, tmp_path: Path)
     before = started(tmp_path)
     page = visit(before.url)
     state = page.context.storage_state()
-    ask(page, "a red ball", steps=6)
+    ask(page, "a red ball", steps=60)
     for seed in (1, 2, 3):
         write(page, "seed", str(seed))
         page.wait_for_timeout(300)

@@ -19,6 +19,8 @@ constexpr int KEYS = 128;      // of a step
 constexpr int CHANNELS = 128;  // of a head, padded
 constexpr int ROWS = 64;       // of a warpgroup; they share a scale
 constexpr float BASE = 12582912.0f;  // 1.5·2²³
+// Up to here the exponent's offset, BASE times it, is exact to a hundredth.
+constexpr float MOST_FACTOR = 0.0078125f;
 constexpr int LOWEST = 0xff800000;   // minus infinity; below every score as an integer, too
 // What 384 threads may share of a multiprocessor's registers.
 constexpr int COPY_REGISTERS = 24, COMPUTE_REGISTERS = 240;
@@ -374,7 +376,7 @@ __device__ __forceinline__ void issue_values(float (&t)[SUMS], const u32 *p, Sha
 }
 
 // The new maxima of the rows, and the exponent's constants.
-__device__ __forceinline__ void find_highest(const int (&s)[64], const float2 factor,
+__device__ __forceinline__ void find_highest(int (&s)[64], const float2 factor,
                                              float (&offset)[2][2], Rows &rows) {
     float top[2];
 #pragma unroll
@@ -397,12 +399,20 @@ __device__ __forceinline__ void find_highest(const int (&s)[64], const float2 fa
 #pragma unroll
         for (int row = 0; row < 2; ++row) top[row] = fmaxf(top[row], other[row]);
     }
+    // Scores worth so much that the offset would be rounded: the base is taken off here, exactly.
+    float base = BASE;
+    if (fmaxf(factor.x, factor.y) > MOST_FACTOR) {
+        asm volatile("" ::: "memory");  // keeps it a branch
+        base = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) s[i] = __float_as_int(__int_as_float(s[i]) - BASE);
+    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         rows.rescale[row] = exp2_of(rows.highest[row] - top[row]);
         rows.highest[row] = top[row];
-        offset[row][0] = fmaf(-BASE, factor.x, LOG2_P_MAX - top[row]);
-        offset[row][1] = fmaf(-BASE, factor.y, LOG2_P_MAX - top[row]);
+        offset[row][0] = fmaf(-base, factor.x, LOG2_P_MAX - top[row]);
+        offset[row][1] = fmaf(-base, factor.y, LOG2_P_MAX - top[row]);
     }
 }
 

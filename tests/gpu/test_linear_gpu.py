@@ -113,7 +113,8 @@ def test_the_fp8_path_calls_no_16_bit_product(format_: str, function: Any) -> No
         function(x, packed, bias)
     assert "_scaled_mm" in called.names
     assert not PRODUCTS & set(called.names), called.names
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         function(x, packed, bias)
         torch.cuda.synchronize()
     kernels = [event.key for event in profile.key_averages()]

@@ -50,14 +50,15 @@ def multiply_nvfp4(x: Tensor, data: Tensor, scale: Tensor, tensor_scale: Tensor)
 def unpack_mxfp8(data: Tensor, scale: Tensor) -> Tensor:
     """data e4m3 [N', K'] and its powers of two, e8m0 in the swizzle → float32 [N', K']."""
     powers = scale.view(torch.float8_e8m0fnu)
-    unpacked: Tensor = comfy_kitchen.dequantize_mxfp8(data, powers, torch.float32)
+    with _on_any_gpu():
+        unpacked: Tensor = comfy_kitchen.dequantize_mxfp8(data, powers, torch.float32)
     return unpacked
 
 
 @contextmanager
 def _on_any_gpu() -> Iterator[None]:
     """Its CUDA kernels if its wheel has them for this Python, else plain torch: of its Triton
-    kernels, which would come second, those of FP4 only compile for Blackwell."""
+    kernels, which would come second, some only compile for Blackwell."""
     if comfy_kitchen.registry.is_available("cuda"):
         yield
         return

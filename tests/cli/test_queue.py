@@ -15,12 +15,14 @@ TINY = ("--size", "64x64", "--frames", "5", "--steps", "2")
 
 def test_a_queue_is_filled_changed_and_worked_off(sagewan: Sagewan) -> None:
     assert sagewan("queue").out == "the queue is empty\n"
-    assert sagewan("queue", "add", "a red ball", *TINY, "--seed", "3").out == "job 1: seed 3\n"
+    added = sagewan("queue", "add", "a red ball", *TINY, "--seed", "3").out
+    assert added.startswith(f"job 1: seed 3, becomes {outputs_folder()}")
+    assert "a-red-ball.mp4; sagewan queue work" in added
     sagewan("queue", "add", "a blue star", *TINY, "-o", "my star.mp4")
     moved = sagewan("queue", "move", "2", "first")
     assert [line.split()[0] for line in moved.out.splitlines()] == ["2", "1"]
     assert sagewan("queue", "cancel", "1").out == "job 1: cancelled\n"
-    assert sagewan("queue", "repeat", "1", "--seed", "9").out == "job 3: seed 9\n"
+    assert sagewan("queue", "repeat", "1", "--seed", "9").out.startswith("job 3: seed 9, becomes ")
     assert sagewan("queue", "work", "--until-empty").code == 0
     jobs = json.loads(sagewan("jobs", "--json").out)
     assert {job["id"]: job["state"] for job in jobs} == {1: "cancelled", 2: "done", 3: "done"}

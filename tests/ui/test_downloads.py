@@ -64,6 +64,25 @@ def test_a_model_that_is_here_is_said_with_what_it_is(queue: Queue) -> None:
     summary, problems = model_facts("demo")
     assert summary is not None
     assert summary.startswith("demo, t2v/i2v")
+    assert summary.endswith(" MB")
+    assert " 0" not in summary
     assert problems == ()
     assert model_facts(NAME) == (None, ())
     assert "demo, t2v/i2v" in BOARDS["model"](queue, "me", Words("en"))
+
+
+def test_a_download_that_does_not_end_by_itself_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stubborn = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    stubborn += "print('deaf', file=sys.stderr, flush=True); time.sleep(60)"
+    monkeypatch.setattr(downloads, "_COMMAND", (sys.executable, "-c", stubborn))
+    monkeypatch.setattr(downloads, "_GRACE", 0.2)
+    known = Downloads()
+    known.start(NAME)
+    download = known.get(NAME)
+    assert download is not None
+    while not download.line:
+        time.sleep(0.02)
+    known.stop()
+    assert not download.running

@@ -16,6 +16,7 @@ from sagewan.plan.hardware import Device
 from sagewan.plan.request import Request
 from sagewan.ui.handlers import Handlers
 from sagewan.ui.planned import modes_here, plan_view, preset_here, quantizations_here
+from sagewan.ui.views import current
 from sagewan.ui.words import LANGUAGES, Words
 from tests.machines import machine
 from tests.ui.conftest import finished
@@ -158,3 +159,22 @@ def test_the_memory_of_a_card_is_a_bar_in_words(gpu: str, fits: bool) -> None:
     assert "GiB" in view.memory
     assert not re.search("[a-z]{4,}", view.memory.replace("transformer", "").replace("NVIDIA", ""))
     assert any("块中有" in value for _, value in view.lines)
+
+
+def test_a_comparison_does_not_hide_the_last_video(handlers: Handlers, queue: Queue) -> None:
+    words = Words("en")
+    job = finished(queue, REQUEST, "me")
+    other = queue.enqueue(REQUEST, "me", [{"attention": "sdpa"}, {"attention": "sageattn"}])
+    for state in (None, State.RUNNING, State.CANCELLED):
+        if state is State.RUNNING:
+            queue.start(other)
+        elif state:
+            queue.finish(other, state)
+        shown = current(queue, "me", words)
+        assert shown is not None
+        assert shown.id == job
+    assert current(queue, "you", words) is None
+    waiting = queue.enqueue(REQUEST, "me")
+    shown = current(queue, "me", words)
+    assert shown is not None
+    assert (shown.id, shown.place) == (waiting, 1)

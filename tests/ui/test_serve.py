@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,29 @@ def test_a_worker_that_dies_is_started_again_and_ends_with_its_parent(
     assert enough.wait(30)
     worker.stop()
     assert len(started) == 2
+
+
+def test_a_worker_that_was_just_being_started_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    making, asked = threading.Event(), threading.Event()
+    real = subprocess.Popen
+
+    def popen(_: list[str], **options: object) -> object:
+        making.set()
+        assert asked.wait(30)
+        program = "import sys; sys.stdin.read()"
+        return real([sys.executable, "-c", program], **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(serve.subprocess, "Popen", popen)
+    monkeypatch.setattr(serve, "_GRACE", 20.0)
+    worker = Worker(tmp_path / "worker.log")
+    worker.start()
+    assert making.wait(30)
+    threading.Timer(0.2, asked.set).start()
+    began = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - began < 10
 
 
 def test_no_handler_is_long_and_no_file_either() -> None:

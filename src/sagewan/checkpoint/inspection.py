@@ -20,6 +20,8 @@ from sagewan.checkpoint.whole import problems
 from sagewan.errors import CheckpointError
 from sagewan.plan.models import PUBLISHED, Model
 
+# Bytes below which a size is told in MB.
+_SMALL = 1e8
 _LORA_ENDINGS = (".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight")
 
 
@@ -74,7 +76,8 @@ class Inspection:
         main = main or (self.parts[0] if self.parts else None)
         if main:
             told.append(main.format)
-        told.append(f"{sum(part.bytes for part in self.parts) / 1e9:.1f} GB")
+        size = sum(part.bytes for part in self.parts)
+        told.append(f"{size / 1e9:.1f} GB" if size >= _SMALL else f"{size / 1e6:.0f} MB")
         return ", ".join(told + (["with problems"] if self.problems else []))
 
 

@@ -89,8 +89,9 @@ def _add(queue: "Queue", arguments: argparse.Namespace) -> str:
     # Refused now, not when its turn comes.
     draft_plan(request, probe())
     name = request.output.stem if "output" in vars(arguments) else None
-    job = queue.enqueue(for_queue(request, name), COMMAND_LINE)
-    return f"job {job}: seed {request.seed}"
+    queued = for_queue(request, name)
+    job = queue.enqueue(queued, COMMAND_LINE)
+    return _queued(job, queued.seed, queued.output)
 
 
 def _move(queue: "Queue", arguments: argparse.Namespace) -> str:
@@ -105,7 +106,11 @@ def _repeat(queue: "Queue", arguments: argparse.Namespace) -> str:
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     found = queue.owned(arguments.id, None)
     job = repeat(queue, found, seed, found.owner or COMMAND_LINE)
-    return f"job {job}: seed {seed}"
+    return _queued(job, seed, queue.job(job).request["output"])
+
+
+def _queued(job: int, seed: int | None, output: object) -> str:
+    return f"job {job}: seed {seed}, becomes {output}; sagewan queue work, or the app, makes it"
 
 
 def _cancel(queue: "Queue", arguments: argparse.Namespace) -> str:

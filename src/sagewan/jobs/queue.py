@@ -83,14 +83,17 @@ class Queue(Store):
         self._move(job, State.QUEUED, only_from=State.RUNNING, started=None)
         self._db.execute("UPDATE jobs SET attempts = attempts - 1 WHERE id = ?", (job,))
 
-    def of(self, owner: str | None, *states: State, limit: int = 50) -> list[Job]:
-        """The jobs of an owner in any of these states (none: all), the newest first."""
+    def of(
+        self, owner: str | None, *states: State, limit: int = 50, single: bool = False
+    ) -> list[Job]:
+        """The jobs of an owner in any of these states (none: all), the newest first; with
+        ``single`` no comparisons."""
         chosen = states or tuple(State)
         places = ", ".join("?" for _ in chosen)
         rows = self._db.execute(
             "SELECT * FROM jobs WHERE owner IS NOT NULL AND (?1 IS NULL OR owner = ?1) "  # noqa: S608 only question marks
-            f"AND state IN ({places}) ORDER BY id DESC LIMIT ?",
-            (owner, *chosen, limit),
+            f"AND state IN ({places}) AND (variants IS NULL OR NOT ?) ORDER BY id DESC LIMIT ?",
+            (owner, *chosen, single, limit),
         )
         return [job_of(row) for row in rows]
 

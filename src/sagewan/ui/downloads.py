@@ -9,6 +9,8 @@ from sagewan.errors import RequestError
 from sagewan.plan.models import PUBLISHED
 
 _COMMAND = (sys.executable, "-m", "sagewan", "download")
+# Seconds that one gets to end in order when the server does.
+_GRACE = 10.0
 
 
 @dataclass
@@ -71,7 +73,11 @@ class Downloads:
         for download in self._known.values():
             if download.running:
                 download.process.terminate()
-                download.process.wait(10)
+                try:
+                    download.process.wait(_GRACE)
+                except subprocess.TimeoutExpired:
+                    download.process.kill()
+                    download.process.wait()
 
 
 DOWNLOADS = Downloads()

@@ -92,6 +92,9 @@ class Worker:
                     stdout=log,
                     stderr=log,
                 )
+                if self._stopping.is_set():
+                    # The end was asked for while this one was being made, and could not see it.
+                    _close(self._process)
                 code = self._process.wait()
                 _close(self._process)
             if self._stopping.is_set():

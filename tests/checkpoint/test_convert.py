@@ -1,6 +1,8 @@
 """Quantised files hold what ComfyUI's readers expect, and what was asked for."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,46 @@ def test_what_can_not_be_quantised_is_refused(
     with pytest.raises(RequestError, match="free"):
         convert(source, tmp_path / "c.safetensors", conversion, quiet)
     assert not (tmp_path / "c.safetensors.partial").exists()
+
+
+def test_a_file_of_another_conversion_does_not_pass_for_this_one(
+    source: Source, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    convert(source, path, Conversion(to="fp8_scaled", layout="comfy"), quiet)
+    with pytest.raises(RequestError, match="is there already, and is not what this would write"):
+        convert(source, path, Conversion(to="fp4_scaled", layout="comfy"), quiet)
+    before = path.stat().st_mtime_ns
+    convert(source, path, Conversion(to="fp8_scaled", layout="comfy"), quiet)
+    assert path.stat().st_mtime_ns == before
+    path.write_bytes(b"a web page")
+    with pytest.raises(RequestError, match="is there already"):
+        convert(source, path, Conversion(to="fp8_scaled", layout="comfy"), quiet)
+
+
+def test_weights_in_other_shards_are_not_mixed_with(source: Source, tmp_path: Path) -> None:
+    whole = Conversion(to="fp8_scaled", layout="diffusers")
+    convert(source, tmp_path / "a", replace(whole, shard_bytes=500_000), quiet)
+    with pytest.raises(RequestError, match="is there already"):
+        convert(source, tmp_path / "a", whole, quiet)
+    with pytest.raises(RequestError, match="is there already"):
+        convert(source, tmp_path / "a", replace(whole, shard_bytes=800_000), quiet)
+    convert(source, tmp_path / "a", replace(whole, shard_bytes=500_000), quiet)
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_the_source_is_not_written_over(by_file: bool, source: Source, tmp_path: Path) -> None:
+    folder = shutil.copytree(source.path, tmp_path / "transformer")
+    own = next(folder.glob("*.safetensors")) if by_file else folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RequestError, match="is the source itself: name another place"):
+        convert(
+            open_source(own, TRANSFORMER),
+            folder,
+            Conversion(to="fp4_scaled", layout="diffusers"),
+            quiet,
+        )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_names_go_there_and_back(source: Source) -> None:

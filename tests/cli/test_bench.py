@@ -91,3 +91,13 @@ def test_the_peak_is_of_matrix_units_and_exponentials_together(
     assert found == pytest.approx([989, 1319, 1979], rel=0.001)
     assert peak.tflops(89, device, (8, 8), 1830) is None
     assert peak.tflops(90, device, (8, 8), None) is None
+
+
+def test_figures_that_can_not_be_written_are_refused_before_measuring(
+    sagewan: Callable[..., Said], tmp_path: Path
+) -> None:
+    path = tmp_path / "absent" / "figures.json"
+    said = sagewan("bench", "attention", *SMALL, "--json", path)
+    assert said.code == 2
+    assert "does not exist; create it" in said.err
+    assert said.out == ""

@@ -1,5 +1,6 @@
 """``sagewan quantize``, as people call it, and what it writes, inspected and run."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -95,3 +96,21 @@ def test_what_is_wrong_is_one_sentence(
     told = capsys.readouterr().err
     assert sentence in told
     assert not list(tmp_path.iterdir())
+
+
+def test_what_can_not_be_written_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, report = tmp_path / "a.safetensors", tmp_path / "absent" / "errors.json"
+    quantize = ["quantize", "demo", str(file), "--to", "fp8_scaled"]
+    assert main([*quantize, "--report", str(report)]) == 2
+    assert "does not exist; create it" in capsys.readouterr().err
+    assert not file.exists()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sagewan.checkpoint.writer.Writer.append", full)
+    assert main(quantize) == 2
+    assert "could not be written (No space left on device)" in capsys.readouterr().err
+    assert not file.exists()

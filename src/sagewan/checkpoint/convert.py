@@ -9,7 +9,7 @@ Packed matrices are written as ComfyUI's own tools do: ``X.weight``, ``X.weight_
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from sagewan.checkpoint.packed import Packed
 from sagewan.checkpoint.quantize import pack, relative_error
 from sagewan.checkpoint.roles import TRANSFORMER
 from sagewan.checkpoint.source import Entry, Source, open_source
+from sagewan.checkpoint.tensors import open_file
 from sagewan.checkpoint.writer import PARTIAL, Slot, Writer
 from sagewan.errors import CheckpointError, RequestError
 from sagewan.plan.weights import POLICIES, QUANTIZED_AS
@@ -77,7 +78,8 @@ def convert(source: Source, target: Path, conversion: Conversion, told: Told) ->
     """Write ``source`` to ``target``: a file, or a folder of shards with an index. ``told`` hears
     how many of all the weights are done, and may raise to stop; another call goes on from there.
 
-    Raises CheckpointError if the source is quantised already, or what was written is not right.
+    Raises RequestError if other weights are in the place, the source's own among them, and
+    CheckpointError if the source is quantised already, or what was written is not right.
     """
     quantised = next((e for e in source.entries.values() if e.weight.is_packed), None)
     if quantised:
@@ -87,6 +89,7 @@ def convert(source: Source, target: Path, conversion: Conversion, told: Told) ->
         )
     shards = _shards(source, conversion, single=target.suffix == ".safetensors")
     files = _files(target, len(shards))
+    _check_place(source, target, dict(zip(files, shards, strict=True)), conversion)
     _check_room(target, shards)
     written = Written(files=files)
     total = len(source.entries)
@@ -168,6 +171,41 @@ def _marker(conversion: Conversion) -> Tensor:
 
 def _up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
+
+
+def _check_place(
+    source: Source, target: Path, shards: Mapping[Path, Sequence[Entry]], conversion: Conversion
+) -> None:
+    """Refuse to mix with weights of another conversion: a reader would take either."""
+    if source.path.resolve() in {path.resolve() for path in (target, *shards)}:
+        raise RequestError(f"{target} is the source itself: name another place")
+    if target.suffix == ".safetensors":
+        there = [target] if target.exists() else []
+    else:
+        index = target / f"{_STEM}.safetensors.index.json"
+        # That of several shards is written anew.
+        there = [*target.glob("*.safetensors"), *([index] if len(shards) == 1 else [])]
+    for path in there:
+        written = path in shards and _is_written(path, shards[path], conversion)
+        if path.exists() and not written:
+            raise RequestError(
+                f"{path} is there already, and is not what this would write: remove it, or name "
+                "another place"
+            )
+
+
+def _is_written(path: Path, entries: Sequence[Entry], conversion: Conversion) -> bool:
+    """Whether a file holds the tensors that these weights become, by names, dtypes and shapes."""
+    wanted = {slot.name: slot for entry in entries for slot in _slots(entry, conversion)}
+    try:
+        found = open_file(path).tensors
+    except CheckpointError:
+        return False
+    return found.keys() == wanted.keys() and all(
+        (found[name].dtype, found[name].shape)
+        == (str(slot.dtype).removeprefix("torch."), slot.shape)
+        for name, slot in wanted.items()
+    )
 
 
 def _check_room(target: Path, shards: Sequence[Sequence[Entry]]) -> None:

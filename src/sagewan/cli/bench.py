@@ -50,8 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     families = _chosen(arguments.families, "families", ("bias", "local"))
     shapes = _shapes(arguments.shapes)
     from sagewan.attention import bench
+    from sagewan.pipeline.files import check_file, written_whole
     from sagewan.pipeline.probe import probe
 
+    if arguments.json:
+        check_file("json", arguments.json)
     hardware = probe()
     device = hardware.device(arguments.device)
     if shapes is None:
@@ -68,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
                 print(_line(_cells(one)), flush=True)
     if arguments.json:
         report = {**_about(device, hardware), "left_out": refused, "results": [*map(asdict, found)]}
-        _write(arguments.json, json.dumps(report, indent=1) + "\n")
+        with written_whole(arguments.json) as partial:
+            partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     ours = [one for one in found if one.wrong and one.name.startswith("sagewan.")]
     return _WRONG if ours else 0
 
@@ -129,10 +133,3 @@ def _about(device: "Device", hardware: "Hardware") -> dict[str, object]:
         "packages": dict(hardware.packages),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -1,8 +1,10 @@
 """``sagewan quantize``: a model's transformer to FP8 or FP4 files."""
 
 import argparse
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert each transformer, and print what its worst layers lost."""
     from sagewan.checkpoint.convert import Conversion, convert
     from sagewan.cli.generate import stopped_by_signals
+    from sagewan.pipeline.files import check_file, written_whole
     from sagewan.pipeline.probe import probe
 
+    if arguments.report:
+        check_file("report", arguments.report)
     sources, family = _sources(arguments.source)
     targets = _targets(arguments.target, sources, arguments.layout)
     conversion = Conversion(
@@ -56,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     watch = Watch()
     errors = {}
-    with stopped_by_signals(watch), shown(watch):
+    with stopped_by_signals(watch), shown(watch), _disk_told(arguments.target):
         for source, target in zip(sources.values(), targets, strict=True):
             watch.stage(f"quantising to {target}", len(source.entries))
             written = convert(source, target, conversion, lambda done, _: watch.step(done))
@@ -65,8 +70,20 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.layout == "diffusers":
             _complete(arguments.source, arguments.target, sources)
     if arguments.report:
-        arguments.report.write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
+        with written_whole(arguments.report) as partial:
+            partial.write_text(json.dumps(errors, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+@contextlib.contextmanager
+def _disk_told(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(
+            f"{target} could not be written ({error.strerror or error}): make room, or choose "
+            "another place; what was broken off goes on from there"
+        ) from error
 
 
 def _sources(name: str) -> "tuple[dict[str, Source], str]":

@@ -23,9 +23,9 @@ def check_outputs(request: Request) -> None:
     if request.output.suffix.lower() != VIDEO_SUFFIX:
         better = request.output.with_suffix(VIDEO_SUFFIX) if request.output.name else "video.mp4"
         raise RequestError(f"output={request.output}: videos are written as .mp4; use {better}")
-    _check_file("output", request.output)
+    check_file("output", request.output)
     if request.report:
-        _check_file("report", request.report)
+        check_file("report", request.report)
         if _same(request.report, request.output):
             raise RequestError(f"report and output are both {request.report}: name two files")
         if _same(request.report, request.image) or _same(request.report, request.last_image):
@@ -48,7 +48,8 @@ def check_space(output: Path, size: tuple[int, int], frames: int) -> None:
         )
 
 
-def _check_file(name: str, path: Path) -> None:
+def check_file(name: str, path: Path) -> None:
+    """RequestError if no file can be written to the path that was given as ``name``."""
     try:
         folder = path.absolute().parent
         if path.is_dir():

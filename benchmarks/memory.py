@@ -35,7 +35,7 @@ from sagewan.pipeline import build as building
 from sagewan.pipeline.decide import Decision
 from sagewan.pipeline.fill import kept_in_float32
 from sagewan.pipeline.probe import probe
-from sagewan.pipeline.progress import Watch
+from sagewan.pipeline.progress import Event, Watch
 from sagewan.pipeline.run import Prepared, execute
 from sagewan.pipeline.session import Part, Session
 from sagewan.plan.budget import GIB, Chunks
@@ -129,6 +129,8 @@ def _table(found: Mapping[str, Mapping[str, Any]]) -> None:
             print(
                 f"{name:20} {facts['planned']:8.2f} {facts['used']:8.2f} "
                 f"{facts['used'] / facts['planned']:6.3f} {pinned:>15} {facts['swapped']:5}"
+                + f" ran out {facts['survived']} times"
+                * (facts["survived"] > 0)
             )
         else:
             print(f"{name:20}", {key: value for key, value in facts.items() if key != "seconds"})
@@ -147,7 +149,9 @@ def _pipeline(card: Card, layers: int | None) -> dict[str, Any]:
     if layers:
         model = _with_layers(model, layers)
     _clear()
-    context = _used()
+    # torch's limit is on what torch reserves, so that does not count as the context's.
+    cached = torch.cuda.memory_reserved()
+    context = _used() - cached
     torch.cuda.set_per_process_memory_fraction(
         max(0.01, ((card.vram - 0.5) * GIB - context) / torch.cuda.mem_get_info()[1])
     )
@@ -164,25 +168,27 @@ def _pipeline(card: Card, layers: int | None) -> dict[str, Any]:
             )
             components: list[Any] = []
             with _random_models(components), _watched() as peak:
-                outcome, report = _run(decision, output)
+                outcome, report, plans = _run(decision, output)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    memory = plan.memory
+    # The first plan is what `sagewan plan` says; where memory ran out, the last is what was done.
+    memory, last = plan.memory, plans[-1].memory
     return {
         "outcome": outcome,
         "context": round(context / GIB, 3),
+        "cached": round(cached / GIB, 3),
+        "survived": len(plans) - 1,
         "planned": round(memory.device_peak / GIB, 3),
         "used": round(peak["device"] / GIB, 3),
         "limit": card.vram - 0.5,
         "stages": {stage.name: round(stage.device / GIB, 2) for stage in memory.stages},
         "used_by_stage": {k: round(v / GIB, 2) for k, v in peak["stages"].items()},
         "pinned": round(components[0].pinned_bytes / GIB, 3),
-        "planned_pinned": round(
-            max(s.pinned for s in memory.stages if s.name == "denoise") / GIB, 3
-        ),
+        "planned_pinned": round(last.pinned / GIB, 3),
         "planned_host": round(memory.host_peak / GIB, 2),
-        "swapped": memory.block_swap,
-        "tile": memory.decode_tile,
+        "swapped": last.block_swap,
+        "text_swapped": last.text_swap,
+        "tile": last.decode_tile,
         "notes": report.get("memory", {}).get("notes", []) if report else [],
         "timings": report.get("timings", {}).get("stages", {}) if report else {},
     }
@@ -191,17 +197,25 @@ def _pipeline(card: Card, layers: int | None) -> dict[str, Any]:
 _STAGE = {"now": "load"}
 
 
-def _run(decision: Decision, output: Path) -> tuple[str, Mapping[str, Any]]:
-    watch = Watch(lambda event: _STAGE.update(now=event.stage))
+def _run(decision: Decision, output: Path) -> tuple[str, Mapping[str, Any], list[Plan]]:
+    """The outcome in words, the report, and the plans: one, and one more for each shortage."""
+    plans: list[Plan] = []
+
+    def note(event: Event) -> None:
+        _STAGE.update(now=event.stage)
+        if event.plan:
+            plans.append(event.plan)
+
+    watch = Watch(note)
     try:
         result = execute(Prepared(decision=decision, pictures={}), watch)
     except RejectedError as error:
         # Random weights make no video to speak of; all of the memory was used all the same.
         path = decision.request.report
         report = json.loads(path.read_text()) if path and path.exists() else {}
-        return f"rejected ({error})"[:80], report
+        return f"rejected ({error})"[:80], report, plans
     assert output.exists()
-    return "made", result.report
+    return "made", result.report, plans
 
 
 def _plan(card: Card, model: Model, output: Path) -> tuple[Plan, Any]:

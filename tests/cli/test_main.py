@@ -82,7 +82,7 @@ def test_a_plan_needs_nothing_but_a_name(model: str, sagewan: Run) -> None:
     said = sagewan("plan", "--model", model, "--gpu", "rtx-4090")
     assert said.code == 0, said.err
     assert model in said.out
-    assert "RTX-4090 with 24 GiB" in said.out
+    assert "RTX 4090 with 24 GiB" in said.out
     assert max(map(len, said.out.splitlines())) <= 80
 
 

@@ -64,7 +64,7 @@ def test_more_than_there_is_can_t_be_pinned_and_the_gpu_goes_on() -> None:
 WAYS: dict[str, dict[str, Any]] = {
     "swapped": {"block_swap": 2, "pin_budget": PLENTY},
     "swapped, unpinned": {"block_swap": 2, "pin_budget": 0},
-    "text encoder swapped": {"text_swap": 2, "pin_budget": PLENTY},
+    "text encoder swapped": {"text_swap": 2, "text_pin_budget": PLENTY},
     "in chunks": {"chunks": Chunks(7, 1)},
 }
 

@@ -113,6 +113,36 @@ def test_decoding(name: str, tile: int | None) -> None:
     assert LOW < counted / peak < HIGH, (counted / peak, peak / 2**30)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_text_encoder(dtype: torch.dtype) -> None:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=32,
+        d_model=4096,
+        d_ff=10240,
+        d_kv=64,
+        num_heads=64,
+        num_layers=1,
+        feed_forward_proj="gated-gelu",
+    )
+    with torch.device("meta"):
+        block = UMT5EncoderModel(config).to(dtype).eval().encoder.block[0]
+    with torch.inference_mode(), Meter() as meter:
+        hidden = torch.empty(1, 512, 4096, device="meta", dtype=dtype)
+        mask = torch.zeros(1, 1, 512, 512, device="meta", dtype=dtype)
+        block(hidden, attention_mask=mask)
+    model = PUBLISHED["wan2.1-t2v-14b"]
+    size = dtype.itemsize
+    stages = [budget.text_stage(model, size, n, on_device=True) for n in (0, 3)]
+    activations = next(item for item in stages[0].items if item.name == "activations")
+    assert LOW < activations.device / meter.peak < HIGH, (activations.device, meter.peak)
+    # Three swapped blocks are two on the device and two in pinned buffers that hold them.
+    weights = sum(parameter.nbytes for parameter in block.parameters())
+    assert abs((stages[0].device - stages[1].device) / weights - 1) < 0.01
+    assert stages[1].pinned >= 2 * weights
+
+
 @pytest.mark.usefixtures("without_attention")
 @pytest.mark.parametrize("name", ["wan2.1-t2v-14b", "wan2.2-ti2v-5b"])
 @pytest.mark.parametrize("tile", [None, pytest.param((15, 13), marks=SLOW)])

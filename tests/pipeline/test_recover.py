@@ -54,6 +54,8 @@ def taking_less(monkeypatch: pytest.MonkeyPatch) -> None:
                 memory,
                 block_swap=2,
                 pin_budget=PLENTY,
+                text_swap=2,
+                text_pin_budget=PLENTY,
                 chunks=Chunks(8, 1),
                 encode_tile=tile,
                 decode_tile=tile,
@@ -112,6 +114,10 @@ def test_an_allocation_that_fails_is_survived_and_said(
     assert failing.calls > at
     notes = result.report["memory"]["notes"]
     assert any("memory ran out" in note and "2.00 GiB" in note for note in notes)
+    # What helps is said, and only that: the text has no tiles.
+    of_text = point in ("loading the text encoder", "the first text", "the second text")
+    assert any("text encoder's" in note for note in notes) == of_text
+    assert any("tiles" in note for note in notes) == ("VAE" in point or "piece" in point)
     assert result.report["output"]["frames"] == expected.report["output"]["frames"]
     assert [path.name for path in tmp_path.iterdir()] == ["x.mp4"]
 
@@ -130,8 +136,11 @@ def test_if_it_fails_again_the_message_has_the_numbers_and_the_advice(
             patch.setattr(owner, name, Failing(getattr(owner, name), at, always=True))
             with pytest.raises(UnsupportedError) as told:
                 session.generate(wanted)
-        for words in ("ran out of memory", "2.00 GiB", "planned", "free", "--frames", "--size"):
+        # A shorter video would not make the text smaller.
+        advice = ("other programs",) if point == "the first text" else ("--frames", "--size")
+        for words in ("ran out of memory", "2.00 GiB", "planned", "free", *advice):
             assert words in str(told.value)
+        assert ("--frames" in str(told.value)) == (point != "the first text")
         assert list(tmp_path.iterdir()) == []
         # One can go on.
         assert session.generate(wanted).report["output"]["frames"] == 5
@@ -142,7 +151,7 @@ def test_on_a_cpu_less_is_not_to_be_had(
 ) -> None:
     failing = Failing(Block._feed_forward, 2)
     monkeypatch.setattr(Block, "_feed_forward", failing)
-    with pytest.raises(UnsupportedError, match=r"the host ran out of memory in denoise"):
+    with pytest.raises(UnsupportedError, match=r"the host ran out of memory in denoising"):
         generate(request(shrunken_folder(T2V), tmp_path / "x.mp4"))
     assert failing.calls == 2
 
@@ -172,7 +181,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "swapped, one pinned": {"block_swap": 2, "pin_budget": 300_000},
     "swapped, none pinned": {"block_swap": 2, "pin_budget": 0},
     "in chunks": {"chunks": Chunks(7, 1)},
-    "text encoder swapped": {"text_swap": 2, "pin_budget": PLENTY},
+    "text encoder swapped": {"text_swap": 2, "text_pin_budget": PLENTY},
     "swapped, in chunks": {"block_swap": 1, "pin_budget": PLENTY, "chunks": Chunks(16, None)},
 }
 

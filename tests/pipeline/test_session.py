@@ -157,6 +157,24 @@ def test_another_pin_budget_moves_nothing(shrunken_folder: Folder) -> None:
         assert placements[0] is placements[1]
 
 
+def test_what_two_experts_pin_is_one_budget(shrunken_folder: Folder) -> None:
+    from sagewan.attention.launch import Launcher
+    from sagewan.pipeline.build import build
+    from tests.pipeline.runs import plan_for
+
+    with Session() as session:
+        components = build(plan_for(shrunken_folder("wan2.2-t2v-a14b")), Launcher(), session)
+        first, second = components.transformers
+        with first.on(Place(device="cpu", swapped=2, pin_budget=1 << 30)):
+            pass
+        both = Place(device="cpu", swapped=2, pin_budget=first.pinned_bytes + 1000)
+        with second.on(both):
+            pass
+        assert first.pinned_bytes > second.pinned_bytes
+        assert first.pinned_bytes + second.pinned_bytes <= both.pin_budget
+        assert second.unpinned_blocks == 2
+
+
 def test_encoders_find_the_device_empty(
     shrunken_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,12 @@ def test_a_card_by_name_has_its_capability_and_memory(gpu: str) -> None:
     assert (device.sm, device.memory_total) == (sm, gib * GIB)
 
 
+@pytest.mark.parametrize("gpu", ["RTX 4060 Ti", "RTX4060Ti", "NVIDIA GeForce RTX 4060 Ti"])
+def test_a_card_is_known_however_it_is_spelt(gpu: str) -> None:
+    device = pretend(machine(), gpu=gpu, vram=None).device("cuda")
+    assert device.name == "RTX 4060 Ti with 16 GiB"
+
+
 def test_an_unknown_card_is_refused_with_the_nearest() -> None:
     with pytest.raises(RequestError, match=r"gpu=rtx-4091: did you mean rtx-4090\?"):
         pretend(machine(), gpu="rtx-4091", vram=None)

@@ -81,7 +81,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     rows += [("memory" if first else "", text) for first, text in _first(_memory(plan))]
     seconds = estimated_seconds(plan)
     if seconds is not None:
-        rows.append(("time", f"about {duration(seconds)}, by the card's listed rates"))
+        rows.append(("time", f"about {_roughly(seconds)}, by the card's listed rates"))
     rows += [("note", note) for note in plan.notes]
     return rows
 
@@ -104,15 +104,19 @@ def _memory(plan: Plan) -> Iterator[str]:
             text += f", {stage.pinned / GIB:.2f} of it pinned"
         yield text
     if memory.on_device:
-        yield f"at most {memory.device_peak / GIB:.2f} of {memory.room / GIB:.2f} GiB on the card"
+        most, room = (f"{nbytes / GIB:.2f}" for nbytes in (memory.device_peak, memory.room))
+        if memory.fits_device:
+            yield f"at most {most} of {room} GiB on the card"
+        else:
+            yield f"{most} GiB on the card, where there are {room}"
 
 
 def _decided(plan: Plan) -> Iterator[str]:
     memory, layers = plan.memory, plan.model.layers
     yield f"{memory.block_swap} of {layers} blocks swapped"
     if memory.chunks.tokens:
-        heads = f", {memory.chunks.heads} heads at a time" if memory.chunks.heads else ""
-        yield f"{memory.chunks.tokens} tokens{heads}"
+        heads = f" and {counted(memory.chunks.heads, 'head')}" if memory.chunks.heads else ""
+        yield f"{memory.chunks.tokens} tokens{heads} at a time"
     if memory.decode_tile:
         yield f"VAE in tiles of {_size((memory.decode_tile[1], memory.decode_tile[0]))} cells"
     if memory.text_swap:
@@ -125,10 +129,19 @@ def _first(texts: Iterator[str]) -> Iterator[tuple[bool, str]]:
 
 
 def _weights(plan: Plan) -> str:
-    text = f"{plan.weight_bytes / GIB:.2f} GiB for the transformer"
-    if plan.device.memory_free:
+    what = "transformer" if plan.model.experts == 1 else f"{plan.model.experts} transformers"
+    text = f"{plan.weight_bytes / GIB:.2f} GiB for the {what}"
+    # On a GPU the stages stand beside what it has for them.
+    if plan.device.memory_free and not plan.memory.on_device:
         text += f"; {plan.device.name} has {plan.device.memory_free / GIB:.1f} GiB free"
     return text
+
+
+def _roughly(seconds: float) -> str:
+    """An estimate has no seconds beside its minutes: ``27 min``, ``2 h 11 min``."""
+    if not 60 <= seconds < 3600:
+        return duration(seconds)
+    return f"{seconds / 60:.0f} min"
 
 
 def _size(size: tuple[int, int]) -> str:

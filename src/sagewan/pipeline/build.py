@@ -64,8 +64,8 @@ class Components:
 
     @property
     def pinned_bytes(self) -> int:
-        """The most host memory that was pinned for a transformer."""
-        return max(part.pinned_bytes for part in self.transformers)
+        """The most host memory that was pinned for one of the parts."""
+        return max(part.pinned_bytes for part in (self.text_encoder, *self.transformers))
 
     @property
     def unpinned_blocks(self) -> int:

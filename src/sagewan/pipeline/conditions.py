@@ -5,7 +5,7 @@ The numbers are those of diffusers' WanPipeline and WanImageToVideoPipeline (0.4
 
 import html
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ftfy
@@ -39,7 +39,6 @@ class Conditions:
     latents: Tensor | None = None
 
 
-@torch.inference_mode()
 def encode(
     components: Components,
     plan: Plan,
@@ -49,16 +48,34 @@ def encode(
     """Text and pictures → conditions. ``pictures`` by the request's fields, ``image`` and
     ``last_image``, as ``load_picture`` gives them; empty for text to video. ``prompts`` are those
     of a batch, in place of the plan's own."""
-    device = plan.device.torch_name
+    return with_pictures(encode_prompts(components, plan, prompts), components, plan, pictures)
+
+
+@torch.inference_mode()
+def encode_prompts(components: Components, plan: Plan, prompts: Sequence[str] = ()) -> Conditions:
+    """The text of the conditions, as :func:`encode`."""
     memory = plan.memory
-    place = Place(device=device, swapped=memory.text_swap, pin_budget=memory.pin_budget)
+    place = Place(
+        device=plan.device.torch_name,
+        swapped=memory.text_swap,
+        pin_budget=memory.text_pin_budget,
+    )
     with components.text_encoder.on(place) as encoder:
         prompt = encode_text(prompts or [plan.request.prompt], components.tokenizer, encoder)
         negative = None
         if guided(plan.steps):
             negative = encode_text([plan.negative], components.tokenizer, encoder)
+    return Conditions(prompt=prompt, negative=negative)
+
+
+@torch.inference_mode()
+def with_pictures(
+    text: Conditions, components: Components, plan: Plan, pictures: "Mapping[str, Image]"
+) -> Conditions:
+    """The conditions with the pictures beside the text, as :func:`encode`."""
     if not pictures:
-        return Conditions(prompt=prompt, negative=negative)
+        return text
+    device = plan.device.torch_name
     ordered = [pictures[name] for name in ("image", "last_image") if name in pictures]
     picture = None
     if components.image_encoder is not None:
@@ -66,7 +83,7 @@ def encode(
             picture = encode_pictures(ordered, components.image_processor, encoder)
     with components.vae.on(device) as vae:
         latents = encode_frames(ordered, plan, vae)
-    return Conditions(prompt=prompt, negative=negative, picture=picture, latents=latents)
+    return replace(text, picture=picture, latents=latents)
 
 
 def conditions_key(plan: Plan) -> Hashable:

@@ -1,8 +1,8 @@
 """Denoising that learns from a failure: the plan is made again without what failed."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from sagewan.attention.launch import is_out_of_memory
@@ -11,15 +11,17 @@ from sagewan.errors import RejectedError, UnsupportedError
 from sagewan.pipeline.decide import Decision, blame, not_finite
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.report import Change
+from sagewan.plan.budget import UMT5_BLOCKS
 from sagewan.plan.catalogue import Implementation, row_named
 from sagewan.plan.evidence import Shortage
 from sagewan.plan.hardware import GIB
-from sagewan.plan.memory import smaller
+from sagewan.plan.memory import MemoryPlan, smaller
 from sagewan.plan.objection import Objection
 from sagewan.plan.plan import Plan
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from sagewan.pipeline.build import Components
     from sagewan.pipeline.conditions import Conditions
@@ -75,6 +77,14 @@ class Recovery:
             # Out of the handler: the error holds the frames that hold what was in memory.
             self._take_less(stage, lacking)
 
+    def encode(self, pictures: "Mapping[str, Image]") -> "Conditions":
+        """The conditions of text and pictures, each made again once where memory ran out."""
+        from sagewan.pipeline.conditions import encode_prompts, with_pictures
+
+        parts = self.components
+        text = self.surviving("text", lambda plan: encode_prompts(parts, plan))
+        return self.surviving("picture", lambda plan: with_pictures(text, parts, plan, pictures))
+
     def denoise(self, conditions: "Conditions") -> "torch.Tensor":
         """The final latents, finite. Raises LatentsRejectedError, and UnsupportedError where
         ``strict`` forbids to go on without a row that failed, or memory ran out again."""
@@ -105,18 +115,16 @@ class Recovery:
     def _take_less(self, stage: str, what: str) -> None:
         """Plan again with less memory; UnsupportedError if that was done already, or is no less."""
         before = self.plan.memory
-        tile = before.encode_tile if stage == "encode" else before.decode_tile
+        tile = before.encode_tile if stage == "picture" else before.decode_tile
         evidence = self.decision.evidence
         again = any(shortage.stage == stage for shortage in evidence.shortages)
         shortage = Shortage(stage=stage, block_swap=before.block_swap, tile=tile, what=what)
         decision = self.decision.after_shortage(shortage)
-        memory = decision.plan.memory
-        same = replace(memory, room=before.room, stages=()) == replace(before, stages=())
-        if again or same:
+        if again or _means(decision.plan.memory, stage) == _means(before, stage):
             raise UnsupportedError(_no_more(self.plan, stage, what))
         self.decision = decision
         self.watch.planned(decision.plan)
-        note = f"memory ran out in {stage} ({what}): made again {_how(decision.plan, stage)}"
+        note = f"memory ran out {_WHILE[stage]} ({what}): made again {_how(decision.plan, stage)}"
         self.memory_notes.append(note)
         logger.warning("%s", note)
 
@@ -132,14 +140,36 @@ class Recovery:
                 logger.warning("%s", change.sentence())
 
 
+# In words of the user's, where memory ran out.
+_WHILE = {
+    "text": "while the text was encoded",
+    "picture": "while the picture was encoded",
+    "denoise": "in denoising",
+    "decode": "in decoding",
+}
+
+
+def _means(memory: MemoryPlan, stage: str) -> Hashable:
+    """What of the plan makes a stage take less memory."""
+    means: dict[str, Hashable] = {
+        "text": memory.text_swap,
+        "picture": memory.encode_tile,
+        "denoise": (memory.block_swap, memory.chunks),
+        "decode": (memory.decode_tile, memory.stays),
+    }
+    return means[stage]
+
+
 def _how(plan: Plan, stage: str) -> str:
     memory = plan.memory
+    if stage == "text":
+        return f"with {memory.text_swap} of the text encoder's {UMT5_BLOCKS} blocks swapped"
     if stage == "denoise":
         return (
             f"with {memory.block_swap} of {plan.model.layers} blocks swapped and "
             f"{memory.chunks.tokens} tokens at a time"
         )
-    tile = memory.encode_tile if stage == "encode" else memory.decode_tile
+    tile = memory.encode_tile if stage == "picture" else memory.decode_tile
     size = f"tiles of {tile[1]}x{tile[0]} latent cells" if tile else "smaller pieces"
     return f"in {size}"
 
@@ -150,10 +180,13 @@ def _no_more(plan: Plan, stage: str, what: str) -> str:
     planned = memory.host_peak if on_host else memory.device_peak
     free = memory.host_room if on_host else memory.room
     where = "the host" if on_host else plan.device.name
+    # The text takes the same whatever the video is.
+    advice = "close other programs"
+    if stage != "text":
+        advice = f"choose {smaller(plan.model, plan.frames, plan.grid_size)}, or {advice}"
     return (
-        f"{where} ran out of memory in {stage} ({what}): {planned / GIB:.2f} GiB were planned and "
-        f"{free / GIB:.2f} GiB free; choose {smaller(plan.model, plan.frames, plan.grid_size)}, or "
-        "close other programs"
+        f"{where} ran out of memory {_WHILE[stage]} ({what}): {planned / GIB:.2f} GiB were planned "
+        f"and {free / GIB:.2f} GiB free; {advice}"
     )
 
 

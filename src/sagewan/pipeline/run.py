@@ -133,7 +133,7 @@ def execute(prepared: Prepared, watch: Watch, *, session: "Session | None" = Non
 def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     from sagewan.attention.launch import Launcher
     from sagewan.pipeline.build import build
-    from sagewan.pipeline.conditions import conditions_key, encode
+    from sagewan.pipeline.conditions import conditions_key
     from sagewan.pipeline.preview import preview_of
     from sagewan.pipeline.recover import LatentsRejectedError, Recovery
 
@@ -147,10 +147,7 @@ def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     watch.stage("encode")
     recovery = Recovery(prepared.decision, components, watch)
     conditions = session.conditions(
-        conditions_key(plan),
-        lambda: recovery.surviving(
-            "encode", lambda plan: encode(components, plan, prepared.pictures)
-        ),
+        conditions_key(plan), lambda: recovery.encode(prepared.pictures)
     )
     if watch.is_viewed:
         watch.draw_with(preview_of(components, plan))

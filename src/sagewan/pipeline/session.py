@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def _nothing() -> int:
+    return 0
+
+
 def _no_blocks(_: Any) -> Sequence[Any]:
     return ()
 
@@ -38,7 +42,8 @@ class Part:
     little. ``loras`` are those that it is to have on; others are taken off without loading it
     again. ``weight_bytes`` is what its weights take in memory, and ``formats`` counts its matrices
     by their format; both are empty until it is first loaded. ``pinned_bytes``, ``unpinned_blocks``
-    and ``refusal`` tell of the last placement.
+    and ``refusal`` tell of the last placement; ``pinned_beside`` is what other parts have pinned of
+    the same budget.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Part:
     pinned_bytes: int = 0
     unpinned_blocks: int = 0
     refusal: str | None = None
+    pinned_beside: Callable[[], int] = _nothing
     _module: Any = field(default=None, init=False, repr=False)
     _adapters: "Adapters | None" = field(default=None, init=False, repr=False)
     _worn: tuple[LoraFile, ...] = field(default=(), init=False, repr=False)
@@ -125,6 +131,8 @@ class Part:
         return self._module
 
     def _place(self, place: Place) -> None:
+        # The budget is one for all that are kept: of two experts, each would take the whole of it.
+        place = replace(place, pin_budget=max(0, place.pin_budget - self.pinned_beside()))
         try:
             placement = Placement(self._module, self.blocks(self._module), place)
         except BaseException:
@@ -206,12 +214,14 @@ class Session:
             return hardware
         if not torch.cuda.is_initialized():
             return hardware
+        cpu = hardware.cpu
+        cpu = replace(cpu, memory_free=cpu.memory_free + self._pinned_bytes())
         held = [torch.cuda.memory_reserved(device.torch_name) for device in hardware.devices]
         devices = tuple(
             replace(device, memory_free=device.memory_free + own + CONTEXT * (own > 0))
             for device, own in zip(hardware.devices, held, strict=True)
         )
-        return replace(hardware, devices=devices)
+        return replace(hardware, devices=devices, cpu=cpu)
 
     def part(self, key: Hashable, part: Part) -> Part:
         """The part that is kept under this key, which names all that its weights depend on; else
@@ -220,6 +230,7 @@ class Session:
         found.kept = self.keeps
         # What is loaded is the same, but the closures belong to the run.
         found.load, found.blocks = part.load, part.blocks
+        found.pinned_beside = lambda: self._pinned_bytes(but=found)
         return found
 
     def only(self, keys: Sequence[Hashable]) -> None:
@@ -231,6 +242,11 @@ class Session:
         """Let every part leave the device."""
         for part in self._parts.values():
             part.leave()
+
+    def _pinned_bytes(self, but: Part | None = None) -> int:
+        """Bytes of host memory that its parts have pinned now."""
+        held = [part.placement for part in self._parts.values() if part is not but]
+        return sum(placement.pinned_bytes for placement in held if placement)
 
     def conditions(self, key: Hashable, encode: "Callable[[], Conditions]") -> "Conditions":
         """The conditions kept under this key, or those that ``encode`` gives."""

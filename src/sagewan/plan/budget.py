@@ -16,12 +16,15 @@ from sagewan.plan.models import TEXT_TOKENS, Model
 MIB = 2**20
 GIB = 2**30
 
-# A CUDA context with its kernels, and the workspaces of cuBLAS and cuDNN.
-CONTEXT = 480 * MIB
-WORKSPACE = 160 * MIB
+# A CUDA context with its kernels, and what stays of cuBLAS's workspaces in torch's cache: together
+# 1.061 GiB between two runs (H100, torch 2.11+cu130), of which 0.69 to 0.77 were not torch's.
+CONTEXT = 768 * MIB
+WORKSPACE = 320 * MIB
 # What the caching allocator can't use for its blocks' sizes, of all that a stage allocates beyond
-# its weights.
+# its weights; for the VAE with cuDNN's workspaces: decoding 832x480 whole ran out there at 1.44
+# times its live tensors, and how much it would have taken is not known.
 FRAGMENTATION = 0.06
+VAE_FRAGMENTATION = 0.5
 # Python, torch, its libraries and the models' code, on the host.
 PROCESS = 1536 * MIB
 
@@ -29,8 +32,8 @@ PROCESS = 1536 * MIB
 _UMT5_WORDS = 256_384 * 4096
 _UMT5_BLOCK = 193_000_000
 UMT5_BLOCKS = 24
-# Its activations: attention over 512 tokens by 64 heads, and the gated feed-forward.
-_UMT5_ACTIVATIONS = 96 * MIB
+# Its activations, for each byte of a number: attention over 512 tokens by 64 heads.
+_UMT5_ACTIVATIONS = 60 * MIB
 _CLIP = 632_000_000
 _CLIP_ACTIVATIONS = 128 * MIB
 
@@ -181,17 +184,22 @@ def activations(
     return rotary + max(alive + max(preparing, attending), hidden + feeding)
 
 
+def text_staging(swapped: int, dtype_bytes: int) -> int:
+    """Bytes of the two pinned buffers through which the text encoder's swapped blocks pass. It runs
+    once or twice, so pinning them all would take longer than it gains, and up to 8.6 GiB."""
+    return 2 * _UMT5_BLOCK * dtype_bytes if swapped else 0
+
+
 def text_stage(model: Model, dtype_bytes: int, swapped: int, *, on_device: bool) -> Stage:
     """The text encoder, of whose blocks so many are swapped."""
     if model.is_demo:
         return Stage("text", _placed("text encoder", 2_200_000, 0, on_device=on_device))
-    bytes_ = min(dtype_bytes, 2) if dtype_bytes == 2 else dtype_bytes
-    words, block = _UMT5_WORDS * bytes_, _UMT5_BLOCK * bytes_
+    words, block = _UMT5_WORDS * dtype_bytes, _UMT5_BLOCK * dtype_bytes
     resident = words + (UMT5_BLOCKS - swapped + min(2, swapped)) * block
-    host = 2 * block if swapped else 0
+    host = text_staging(swapped, dtype_bytes)
     items = (
         Item("text encoder", resident if on_device else 0, host, host, UMT5_BLOCKS * block + words),
-        Item("activations", *_where(_UMT5_ACTIVATIONS, on_device=on_device)),
+        Item("activations", *_where(_UMT5_ACTIVATIONS * dtype_bytes, on_device=on_device)),
     )
     return Stage("text", items)
 
@@ -202,10 +210,15 @@ def picture_stage(
     """CLIP (Wan 2.1), then the VAE's encoder; they are never there together. ``size`` and ``tile``
     are (rows, columns) of latent cells."""
     costs = vae_costs(model)
-    encoding = costs.weights + encode_bytes(model, size, tile)
-    clip = _CLIP * 4 + _CLIP_ACTIVATIONS if model.image_encoder else 0
-    name = "VAE encoder" if encoding >= clip else "picture encoder"
-    return Stage("picture", _placed(name, max(encoding, clip), 0, on_device=on_device))
+    sums = [("VAE encoder", costs.weights, encode_bytes(model, size, tile))]
+    if model.image_encoder:
+        sums.append(("picture encoder", _CLIP * 4, _CLIP_ACTIVATIONS))
+    name, weights, active = max(sums, key=lambda sum_: sum_[1] + sum_[2])
+    items = (
+        *_placed(name, weights, 0, on_device=on_device),
+        *_placed("activations", active, 0, on_device=on_device),
+    )
+    return Stage("picture", items)
 
 
 def encode_bytes(model: Model, size: tuple[int, int], tile: tuple[int, int] | None) -> int:
@@ -236,7 +249,7 @@ def decode_stage(
         (
             *_placed("VAE", costs.weights, 0, on_device=on_device),
             *_placed("activations", decoding, waiting, on_device=on_device),
-            Item("transformer, waiting", staying),
+            Item("waiting transformer", staying),
         ),
     )
 
@@ -256,12 +269,13 @@ def with_overhead(stage: Stage, *, on_device: bool) -> Stage:
     if not on_device:
         return Stage(stage.name, (*stage.items, host))
     moving = sum(item.device for item in stage.items if item.name == "activations")
+    lost = VAE_FRAGMENTATION if stage.name in ("picture", "decode") else FRAGMENTATION
     return Stage(
         stage.name,
         (
             *stage.items,
-            Item("fragmentation", int(FRAGMENTATION * moving)),
-            Item("CUDA context, libraries", CONTEXT + WORKSPACE),
+            Item("workspaces and fragmentation", int(lost * moving)),
+            Item("CUDA context and libraries", CONTEXT + WORKSPACE),
             host,
         ),
     )

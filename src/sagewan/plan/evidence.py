@@ -27,8 +27,8 @@ class SelfTest:
 
 @dataclass(frozen=True, kw_only=True)
 class Shortage:
-    """Memory ran out in a stage ("encode", "denoise", "decode"), with so many blocks swapped and
-    this tile; ``what`` is the error in one line."""
+    """Memory ran out in a stage ("text", "picture", "denoise", "decode"), with so many blocks
+    swapped and this tile; ``what`` is the error in one line."""
 
     stage: str
     block_swap: int

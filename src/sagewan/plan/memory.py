@@ -49,7 +49,8 @@ class MemoryPlan:
 
     ``block_swap`` of each transformer's blocks wait in host memory, ``pin_budget`` bytes of which
     may be pinned; ``chunks`` is how its blocks compute; ``text_swap`` of the text encoder's blocks
-    are swapped; ``stays``: the transformer stays on the device while a session decodes.
+    are swapped, through ``text_pin_budget`` bytes of pinned memory; ``stays``: the transformer
+    stays on the device while a session decodes.
     ``stages`` are the sums; ``room`` and ``host_room`` what they must fit in.
     """
 
@@ -57,6 +58,7 @@ class MemoryPlan:
     pin_budget: int
     chunks: Chunks
     text_swap: int
+    text_pin_budget: int
     encode_tile: tuple[int, int] | None
     decode_tile: tuple[int, int] | None
     stays: bool
@@ -120,6 +122,7 @@ class _Planner:
             pin_budget=self._pin_budget,
             chunks=chunks,
             text_swap=text_swap,
+            text_pin_budget=min(self._pin_budget, budget.text_staging(text_swap, self._number)),
             encode_tile=encode_tile,
             decode_tile=decode_tile,
             stays=stays,
@@ -194,9 +197,9 @@ class _Planner:
 
     def _text_swap(self) -> int:
         """The fewest of the text encoder's blocks that must be swapped, or all."""
-        if self.needs.model.is_demo:
+        if self.needs.model.is_demo or not self._on_device:
             return 0
-        if self._short("encode"):
+        if self._short("text"):
             return UMT5_BLOCKS
         counts: list[int] = [0, *range(_LEAST_SWAP, UMT5_BLOCKS)]
         for swapped in counts:
@@ -209,7 +212,7 @@ class _Planner:
     def _encode_tile(self) -> tuple[int, int] | None:
         model, cells = self.needs.model, self._cells
         return self._tile(
-            "encode", lambda tile: budget.picture_stage(model, cells, tile, on_device=True)
+            "picture", lambda tile: budget.picture_stage(model, cells, tile, on_device=True)
         )
 
     def _decode_tile(self) -> tuple[int, int] | None:
@@ -322,8 +325,7 @@ def memory_notes(
     elif not memory.fits_host:
         yield (
             f"this will not fit: it takes {memory.host_peak / GIB:.1f} GiB of host memory, and "
-            f"{memory.host_room / GIB:.1f} GiB are free; choose a smaller model or --quantization "
-            "fp4_scaled, which keeps weights smallest"
+            f"{memory.host_room / GIB:.1f} GiB are free; {_host_advice(needs, hardware)}"
         )
 
 
@@ -340,7 +342,7 @@ def _too_large(needs: Needs, memory: MemoryPlan) -> str:
     worst = max(memory.stages, key=lambda stage: stage.device)
     return (
         f"{worst.name} takes {worst.device / GIB:.1f} GiB even with every block swapped, "
-        f"{needs.device.name} has {memory.room / GIB:.1f} GiB free"
+        f"{needs.device.name} has {memory.room / GIB:.1f} GiB for it"
     )
 
 
@@ -367,6 +369,14 @@ def _advice(needs: Needs, hardware: Hardware) -> str:
     if said:
         return f"{' or '.join(said)} would fit"
     return "choose a smaller model, or --quantization fp4_scaled"
+
+
+def _host_advice(needs: Needs, hardware: Hardware) -> str:
+    """What would need less of the host: weights are whole in it while they are quantised."""
+    quantised = replace(needs, file_backed=True)
+    if needs.packed and not needs.file_backed and plan_memory(quantised, hardware).fits_host:
+        return "quantize the model once with sagewan quantize: the file it makes needs less"
+    return "choose a smaller model"
 
 
 def _resized(needs: Needs, grid_size: tuple[int, int], frames: int) -> Needs:

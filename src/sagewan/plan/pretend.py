@@ -1,5 +1,6 @@
 """Hardware that is not here: a plan can be made for the card one thinks of buying."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -42,28 +43,47 @@ def pretend(
     """This machine, with one other GPU in place of its own, or other host memory; ``vram`` and
     ``ram`` in GiB.
 
-    A ``gpu`` is a name of CARDS. ``vram`` alone keeps the kind of card this machine has. The
-    installed packages stay as they are. Raises RequestError for an unknown card or amount.
+    A ``gpu`` is a name of CARDS, or one like "NVIDIA GeForce RTX 4060 Ti". ``vram`` alone keeps the
+    kind of card this machine has. The installed packages stay as they are. Raises RequestError for
+    an unknown card or amount.
     """
     if ram is not None:
         hardware = _with_ram(hardware, ram)
     if gpu is None and vram is None:
         return hardware
-    if gpu is not None and gpu not in CARDS:
-        raise unknown_choice("gpu", gpu, CARDS)
+    if gpu is not None:
+        gpu = _known(gpu)
     if vram is not None and not 1 <= vram <= MAX_GIB:
         raise RequestError(f"vram={vram:g}: it must be from 1 to {MAX_GIB:g} (GiB)")
     own = hardware.devices[0].sm if hardware.devices else _USUAL
     sm, usual = CARDS[gpu] if gpu else (own, 0)
     memory = int((usual if vram is None else vram) * GIB)
     card = Device(
-        name=f"{gpu.upper() if gpu else 'a GPU'} with {memory / GIB:g} GiB",
+        name=f"{_written(gpu) if gpu else 'a GPU'} with {memory / GIB:g} GiB",
         sm=sm,
         memory_total=memory,
         memory_free=memory,
     )
     # A CPU build of torch would drive no GPU; whoever had the card would install the other.
     return replace(hardware, devices=(card,), torch_cuda=hardware.torch_cuda or "any")
+
+
+def _known(gpu: str) -> str:
+    """The name in CARDS, however it is spaced and spelt."""
+    bare = _bare(gpu).removeprefix("nvidia").removeprefix("geforce")
+    name = next((name for name in CARDS if _bare(name) == bare), None)
+    if name is None:
+        raise unknown_choice("gpu", gpu, CARDS)
+    return name
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _written(gpu: str) -> str:
+    """``rtx-4060-ti`` → ``RTX 4060 Ti``."""
+    return gpu.upper().replace("-", " ").replace(" TI", " Ti")
 
 
 # What the system and other programs take of a machine's memory.

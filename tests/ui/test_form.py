@@ -107,6 +107,8 @@ WRONG = {
     "frames": {"frames": "6"},
     "fps": {"fps": "0"},
     "dtype": {"dtype": "int8"},
+    "lora": {"lora": ["gone.safetensors"]},
+    "model": {"model": "gone.safetensors"},
     "image": {"image": "/etc/passwd"},
     "last_image": {"last_image": "/etc/passwd"},
 }

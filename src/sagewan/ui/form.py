@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sagewan.errors import RequestError
 from sagewan.jobs.outputs import file_name
 from sagewan.pipeline.draft import ANY_PROMPT
 from sagewan.plan.lora import Lora
@@ -84,7 +85,9 @@ def _count(values: Values, part: str) -> str:
 
 def _loras(chosen: list[str], strengths: str) -> tuple[Lora, ...]:
     paths = lora_paths()
-    known = [paths[name] for name in chosen if name in paths]
+    if absent := next((name for name in chosen if name not in paths), None):
+        raise RequestError(f"lora={absent} is not in the folder loras: choose another")
+    known = [paths[name] for name in chosen]
     listed = [text for text in strengths.replace(",", " ").split() if text]
     texts = [*listed, *["1"] * (len(known) - len(listed))]
     return tuple(
@@ -105,9 +108,9 @@ def values_of(request: Request) -> dict[str, Any]:
     values["attention_ends.first"] = str(ends.first) if ends else ""
     values["attention_ends.last"] = str(ends.last) if ends else ""
     known = {path: name for name, path in lora_paths().items()}
-    loras = [lora for lora in request.lora if lora.path in known]
-    values["lora"] = [known[lora.path] for lora in loras]
-    values["lora.strength"] = ", ".join(f"{lora.strength:g}" for lora in loras)
+    # One that is not here keeps its name, and is refused beside its field.
+    values["lora"] = [known.get(lora.path, lora.path.name) for lora in request.lora]
+    values["lora.strength"] = ", ".join(f"{lora.strength:g}" for lora in request.lora)
     return values
 
 

@@ -15,7 +15,7 @@ from sagewan.plan.modes import AUTO, MODES
 from sagewan.plan.serialize import field_types
 from sagewan.ui.handlers import SLOTS, Handlers
 from sagewan.ui.templates import render
-from sagewan.ui.widgets import Widgets
+from sagewan.ui.widgets import Widgets, choices_now
 from sagewan.ui.words import LANGUAGES, Words
 
 # Nothing on this page computes: no event need wait for another.
@@ -232,7 +232,13 @@ class _Page:
             return updates
 
         def opened(request: gr.Request) -> dict[Any, Any]:
-            return self._placed(handlers.opened(request), keep=True)
+            values = handlers.opened(request)
+            lists = choices_now(self.words)
+            updates = {
+                name: gr.update(choices=found, **{"value": values[name]} if name in values else {})
+                for name, found in lists.items()
+            }
+            return self._placed({**values, **updates}, keep=True)
 
         page.load(opened, None, list(every), **_EVENT).then(changed, every, shown, **_EVENT)
         gr.on(

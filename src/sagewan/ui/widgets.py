@@ -96,8 +96,17 @@ def _preset(words: Words, common: dict[str, Any]) -> Any:
     return gr.Radio(choices, value="", **common)
 
 
+def _lora_files() -> Choices:
+    return [(name, name) for name in lora_paths()]
+
+
 def _loras(_: Words, common: dict[str, Any]) -> Any:
-    return gr.Dropdown([(name, name) for name in lora_paths()], multiselect=True, **common)
+    return gr.Dropdown(_lora_files(), multiselect=True, allow_custom_value=True, **common)
+
+
+def choices_now(words: Words) -> Mapping[str, Choices]:
+    """The lists that follow the files of this machine, by widget, as they are now."""
+    return {"model": _models(words), "lora": _lora_files()}
 
 
 def _plain(names: tuple[str, ...]) -> Callable[[Words], Choices]:
@@ -107,7 +116,8 @@ def _plain(names: tuple[str, ...]) -> Callable[[Words], Choices]:
 _MAKE: Mapping[str, Callable[[Words, dict[str, Any]], Any]] = {
     "prompt": _text(3),
     "negative": _text(2),
-    "model": _choice(_models, "demo"),
+    # A file may be gone, or a card: what a draft or a video names is then refused beside its field.
+    "model": _choice(_models, "demo", custom=True),
     "image": _picture,
     "last_image": _picture,
     "output": _text(),
@@ -131,7 +141,7 @@ _MAKE: Mapping[str, Callable[[Words, dict[str, Any]], Any]] = {
     "size": _choice(_sizes, custom=True),
     "frames": _text(),
     "fps": _text(),
-    "device": _choice(_devices, "auto"),
+    "device": _choice(_devices, "auto", custom=True),
     "dtype": _choice(_plain(_DTYPES), "auto"),
     "strict": _switch(),
     "emulate": _switch(),

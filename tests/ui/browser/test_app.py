@@ -202,6 +202,27 @@ def test_what_was_typed_survives_a_reload_and_the_other_language(visit: Open) ->
     assert page.evaluate("document.documentElement.lang").startswith("zh")
 
 
+def test_a_file_that_comes_is_offered_and_one_that_goes_is_refused(
+    server: Server, visit: Open
+) -> None:
+    page = visit()
+    file = server.data / "models" / "loras" / "new-style.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"")
+    page.reload()
+    page.wait_for_selector("#sw-brief .sw-chip", state="attached")
+    tab(page, "Model Settings")
+    page.click("#field-lora input")
+    page.get_by_role("option", name="new-style.safetensors").click()
+    page.wait_for_selector("#field-lora >> text=new-style.safetensors")
+    file.unlink()
+    write(page, "shift", "4")
+    page.wait_for_selector("#field-lora >> text=lora=new-style.safetensors")
+    page.reload()
+    tab(page, "Model Settings")
+    page.wait_for_selector("#field-lora >> text=lora=new-style.safetensors")
+
+
 # What stays as it is in Chinese: names of modes, formats, fields, files and units.
 NAMES = re.compile(
     r"torch\.\w+|sagewan|Wan|sdpa|flash_attn|sageattn\w*|auto|torch\S*|triton|INT8|NVFP4|FP8|FP4|e4m3|e2m1|"

@@ -138,6 +138,17 @@ def test_too_little_host_memory_is_said() -> None:
     assert make_plan(request, stored, hardware, Evidence()).memory.fits
 
 
+def test_on_a_cpu_the_text_encoder_is_counted_in_float32() -> None:
+    hardware = pretend(machine(), gpu=None, vram=None, ram=16)
+    request = Request(prompt="x", size=(416, 240), frames=17)
+    found = make_plan(request, PUBLISHED["wan2.1-t2v-1.3b"], hardware, Evidence())
+    assert found.memory.stages[0].host > 20 * GIB
+    assert any("--dtype bfloat16" in note for note in found.notes)
+    less = replace(request, dtype="bfloat16")
+    model = PUBLISHED["wan2.1-t2v-1.3b"]
+    assert make_plan(less, model, hardware, Evidence()).memory.fits
+
+
 @pytest.mark.parametrize("stage", ["text", "picture", "denoise", "decode"])
 def test_after_a_shortage_the_next_plan_takes_less(stage: str) -> None:
     model, image = "wan2.2-i2v-a14b", {"image": "a.png"}

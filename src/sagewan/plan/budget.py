@@ -196,9 +196,11 @@ def text_stage(model: Model, dtype_bytes: int, swapped: int, *, on_device: bool)
         return Stage("text", _placed("text encoder", 2_200_000, 0, on_device=on_device))
     words, block = _UMT5_WORDS * dtype_bytes, _UMT5_BLOCK * dtype_bytes
     resident = words + (UMT5_BLOCKS - swapped + min(2, swapped)) * block
-    host = text_staging(swapped, dtype_bytes)
+    pinned, whole = text_staging(swapped, dtype_bytes), UMT5_BLOCKS * block + words
+    # Its files have 16 bit, and stay where they are; in float32 it is made anew, whole on the host.
+    host, mapped = (pinned + whole, 0) if dtype_bytes > 2 else (pinned, whole)
     items = (
-        Item("text encoder", resident if on_device else 0, host, host, UMT5_BLOCKS * block + words),
+        Item("text encoder", resident if on_device else 0, host, pinned, mapped),
         Item("activations", *_where(_UMT5_ACTIVATIONS * dtype_bytes, on_device=on_device)),
     )
     return Stage("text", items)

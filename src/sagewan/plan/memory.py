@@ -309,6 +309,8 @@ def memory_notes(
     if not memory.on_device:
         if asked:
             yield f"block_swap={asked} changes nothing on a CPU: every weight is in its memory"
+        if not memory.fits_host:
+            yield _host_note(needs, memory, hardware)
         return
     if asked is not None and memory.block_swap > asked:
         yield (
@@ -323,10 +325,7 @@ def memory_notes(
     if not memory.fits_device:
         yield f"this will not fit: {_too_large(needs, memory)}; {_advice(needs, hardware)}"
     elif not memory.fits_host:
-        yield (
-            f"this will not fit: it takes {memory.host_peak / GIB:.1f} GiB of host memory, and "
-            f"{memory.host_room / GIB:.1f} GiB are free; {_host_advice(needs, hardware)}"
-        )
+        yield _host_note(needs, memory, hardware)
 
 
 def smaller(model: Model, frames: int, grid_size: tuple[int, int]) -> str:
@@ -371,11 +370,24 @@ def _advice(needs: Needs, hardware: Hardware) -> str:
     return "choose a smaller model, or --quantization fp4_scaled"
 
 
+def _host_note(needs: Needs, memory: MemoryPlan, hardware: Hardware) -> str:
+    return (
+        f"this will not fit: it takes {memory.host_peak / GIB:.1f} GiB of host memory, and "
+        f"{memory.host_room / GIB:.1f} GiB are free; {_host_advice(needs, hardware)}"
+    )
+
+
 def _host_advice(needs: Needs, hardware: Hardware) -> str:
-    """What would need less of the host: weights are whole in it while they are quantised."""
+    """What would need less of the host: 16 bit, which is what files have; a file that is quantised
+    already, as weights are whole on the host while they are quantised; a smaller video on a CPU."""
+    short = replace(needs, dtype="bfloat16", weight_bytes=needs.weight_bytes // 2)
+    if needs.dtype == "float32" and plan_memory(short, hardware).fits_host:
+        return "--dtype bfloat16 needs half"
     quantised = replace(needs, file_backed=True)
     if needs.packed and not needs.file_backed and plan_memory(quantised, hardware).fits_host:
         return "quantize the model once with sagewan quantize: the file it makes needs less"
+    if not needs.device.is_cuda:
+        return f"choose {smaller(needs.model, needs.frames, needs.grid_size)}, or a smaller model"
     return "choose a smaller model"
 
 

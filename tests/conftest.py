@@ -1,5 +1,6 @@
 """What several packages of tests share."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import cache
@@ -10,6 +11,14 @@ import pytest
 # Before torch is imported. The tests' tensors are small: a second thread costs more than it
 # gives, and many times more where the cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The tests of GPUs, which may run alone, do without hypothesis.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # An example takes as long as the machine lets it: the tests' own limit is pytest's.
+    settings.register_profile("shared machine")
+    settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from tests.checkpoint import writers
 
 EXAMPLES = settings(
     max_examples=150,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 FILES = ("kijai.safetensors", "comfy_nvfp4.safetensors", "lightx2v_int8.safetensors", "q8_0.gguf",

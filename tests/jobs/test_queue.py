@@ -70,7 +70,7 @@ def test_the_order_can_be_changed(path: Path, where: str, order: str) -> None:
         assert "".join(mine) == order
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     moves=st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["first", "up", "down", "last"])))
 )

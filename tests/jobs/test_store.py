@@ -60,7 +60,7 @@ def test_a_job_goes_only_where_the_table_says(path: Path, source: State, target:
             assert store.job(job).state is target
 
 
-@settings(deadline=None, max_examples=15)  # each writes to the disk, in three transactions
+@settings(max_examples=15)  # each writes to the disk, in three transactions
 @given(prompt=st.text(min_size=1).filter(str.strip), error=st.text())
 def test_a_record_survives_another_process(
     tmp_path_factory: pytest.TempPathFactory, prompt: str, error: str

@@ -86,7 +86,7 @@ def test_swapped_blocks_are_spread_evenly(blocks: int, count: int) -> None:
 
 @pytest.mark.parametrize("mover", MOVERS)
 @pytest.mark.parametrize("budget", [GENEROUS, 5000, 0])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(blocks=st.integers(1, 7), swapped=st.integers(0, 7), passes=st.integers(1, 3))
 def test_a_swapped_stack_computes_the_same_bits(
     mover: type, budget: int, blocks: int, swapped: int, passes: int

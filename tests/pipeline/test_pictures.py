@@ -91,7 +91,7 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
     assert load_picture(path, SIZE).getpixel((5, 5)) == (255, 0, 0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     given_size=st.tuples(st.integers(16, 200), st.integers(16, 200)),
     size=st.tuples(st.integers(1, 30), st.integers(1, 30)).map(lambda s: (s[0] * 16, s[1] * 16)),
@@ -168,7 +168,7 @@ def test_a_huge_picture_is_refused_by_its_header(
     assert "more than 80 million pixels" in refused(path)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(suffix=st.sampled_from(["png", "jpg", "webp", "gif", "tiff", "bmp"]), data=st.data())
 def test_a_damaged_picture_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject

@@ -49,7 +49,7 @@ def test_blocks_and_what_is_around_them_are_all_parameters(name: str) -> None:
     assert 0 <= model.layers * block_parameters(model) - in_blocks < 0.001 * model.parameters
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b"]),
     st.sampled_from([6, 8, 12, 16, 24, 48, 80]),
@@ -72,7 +72,7 @@ def test_a_plan_fits_or_says_so(
     assert 0 <= memory.block_swap <= found.model.layers
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(["none", "fp8_scaled", "fp4_scaled"]), st.sampled_from([17, 49, 81]))
 def test_more_memory_never_swaps_more(quantization: str, frames: int) -> None:
     swaps = [

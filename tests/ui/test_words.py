@@ -11,7 +11,7 @@ from sagewan.plan.modes import MODES, PRESETS
 from sagewan.plan.objection import SENTENCES, Objection
 from sagewan.ui.form import names
 from sagewan.ui.words import TABLES, Words, language_of
-from sagewan.ui.words.messages import filled, pattern, templates
+from sagewan.ui.words.messages import filled, pattern, templates, unread
 from sagewan.ui.words.zh_sentences import ZH_SENTENCES
 
 PACKAGE = Path(sagewan.__file__).parent
@@ -29,15 +29,20 @@ UNIVERSAL = {
     "compare.head.psnr",
     "info.device",
 }
-# Never shown to a visitor: the program's own mistakes, and what only Python callers can do wrong.
-INTERNAL = (
-    "a chain is never empty",
-    "module 'sagewan.pipeline' has no attribute {}",
-    "a video has at least one frame",
-    "a video without frames can't be compared",
-    "pictures of {} and {} can't be compared: make both one size",
-    "the two videos have different numbers of frames",
+# Only a terminal shows what these commands say.
+LAYERS = sorted(
+    path.name
+    for path in PACKAGE.iterdir()
+    if path.is_dir() and path.name not in ("cli", "evaluate")
 )
+# Sentences that consist of values alone.
+PLAIN = "{}: {}"
+# Errors that pass on a sentence which is made, and found, elsewhere.
+PASSED_ON = {
+    "run.py: wrong",
+    "uploads.py: str(error).replace(f'{field}={real}', f'{field}={real.name}')",
+    "whole.py: problem",
+}
 
 
 def holes(text: str) -> list[str]:
@@ -111,14 +116,79 @@ def test_an_objection_in_a_report_is_translated(code: str) -> None:
     assert Words("en").sentence(objection.sentence()) == objection.sentence()
 
 
-@pytest.mark.parametrize("layer", ["plan", "jobs"])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_every_error_and_note_is_translated(layer: str) -> None:
     missing = [
         text
         for text in templates(PACKAGE / layer)
-        if text not in ZH_SENTENCES and text not in INTERNAL and text != "{}: {}"
+        # Charts are made of markup, piece by piece.
+        if text not in ZH_SENTENCES and text != PLAIN and not text.startswith("<")
     ]
     assert missing == []
+
+
+def test_no_sentence_is_raised_in_a_way_that_is_not_found() -> None:
+    assert {code for layer in LAYERS for code in unread(PACKAGE / layer)} == PASSED_ON
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'raise CheckpointError(f"{path} is wet: dry it")',
+        'raise CheckpointError("no {} is wet: dry it" if x else f"{path} is wet: dry it")',
+        'def why(path):\n  return f"{path} is wet: dry it"\nraise CheckpointError(why(path))',
+        'def notes(path):\n  yield f"{path} is wet: dry it"',
+        'notes = (f"{path} is wet: dry it",)',
+        'self.refusal = f"{path} is wet: dry it"',
+    ],
+)
+def test_a_new_sentence_is_found_however_it_is_said(tmp_path: Path, code: str) -> None:
+    (tmp_path / "new.py").write_text(code)
+    assert "{} is wet: dry it" in set(templates(tmp_path))
+    assert list(unread(tmp_path)) == []
+    (tmp_path / "new.py").write_text("raise CheckpointError(text.title())")
+    assert list(unread(tmp_path)) == ["new.py: text.title()"]
+
+
+# What stays as it is in a sentence about files: their names, those of weights, and of commands.
+AS_IT_IS = re.compile(
+    r"/\S+?(?=[：，；]|\s|$)|\w+[._]\w[\w.]*|--\w+|\d+x\d+|"
+    r"sagewan download|model=|lora=|models/|Wan|Hugging Face"
+)
+
+
+FILE = "/m/a.safetensors"
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        f"{FILE} lacks 3 of its weights, such as blocks.0.ffn.2.weight: fetch it again",
+        f"{FILE}: blocks.0.ffn.2.weight is quantised and is no matrix: fetch it again",
+        "/my models/a.gguf has 5 of 9 bytes: its download is not complete; fetch it again",
+        f"{FILE} is a vae of Wan, not a text encoder",
+        (
+            "H100 ran out of memory in decoding (CUDA): 9.50 GiB were planned and 8.25 GiB free; "
+            "choose --frames 33 or --size 480x320, or close other programs"
+        ),
+        (
+            f"lora={FILE}: none of its 3 layers fits demo_1 (a.b is [1, 2] there, and [3, 2] in "
+            "the model); choose one made for this model"
+        ),
+        (
+            "LoRA a.safetensors at 0.8, rank 8: changes 48 layers of the high-noise expert, by its "
+            "name; 2 of its names fit nothing here (a.b, …)"
+        ),
+        (
+            f"model={FILE}: its text encoder (UMT5 of 512 features) is missing; looked for beside "
+            "it in /m, in /n, and in the Hugging Face cache: put it there, or fetch a whole model "
+            "with sagewan download"
+        ),
+    ],
+)
+def test_sentences_about_files_are_whole_in_chinese(sentence: str) -> None:
+    said = Words("zh").sentence(sentence)
+    assert not re.search("[a-z]{2,}", AS_IT_IS.sub("", said)), said
 
 
 def test_a_translation_keeps_every_value() -> None:

@@ -248,7 +248,7 @@ def _problems(source: Source) -> list[str]:
     if source.role != TRANSFORMER:
         return []
     shape = Architecture.of(config_of(source), source.path)
-    return [f"{source.path} {problem}" for problem in problems(source, shape.shapes())]
+    return list(problems(source, shape.shapes()))
 
 
 def _scales(packed: list[Entry]) -> str:

@@ -247,14 +247,16 @@ def _dotted() -> Mapping[str, str]:
 def _nothing_fits(
     lora: Lora, model: Model, changes: Mapping[str, _Change], found: Mapping[str, Stored]
 ) -> str:
-    why = f"lora={lora.path}: none of its {len(changes)} layers fits {model.name}"
-    shapes = weight_shapes(model)
+    why, shapes = "", weight_shapes(model)
     for name, change in changes.items():
         has = change.shape(found)
         if has and name in shapes:
-            why += f" ({name} is {list(has)} there, and {list(shapes[name])} in the model)"
+            why = f" ({name} is {list(has)} there, and {list(shapes[name])} in the model)"
             break
-    return f"{why}; choose one made for this model"
+    return (
+        f"lora={lora.path}: none of its {len(changes)} layers fits {model.name}{why}; "
+        "choose one made for this model"
+    )
 
 
 def _own_schedule(file: TensorFile) -> Schedule | None:

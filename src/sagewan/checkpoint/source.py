@@ -99,7 +99,7 @@ def source_of(
     tensors = all_tensors(files)
     found = part.found_in(tensors.keys())
     if found is None:
-        raise CheckpointError(f"{path} {what_else(tensors, role)}")
+        raise CheckpointError(what_else(path, tensors, role))
     prefix, layout = found
     own = {
         name.removeprefix(prefix): stored
@@ -121,16 +121,16 @@ def source_of(
     )
 
 
-def what_else(tensors: Mapping[str, Stored], role: str) -> str:
-    """What a file is that does not hold this part, in the words that follow its name."""
+def what_else(path: Path, tensors: Mapping[str, Stored], role: str) -> str:
+    """What a file is that does not hold this part."""
     names = tensors.keys()
     wanted = role.replace("_", " ")
     if any(".lora_" in name or name.startswith("lora_") for name in names):
-        return f"is a LoRA, not a {wanted}: give it to --lora"
+        return f"{path} is a LoRA, not a {wanted}: give it to --lora"
     for other in ROLES.values():
         if other.found_in(names):
-            return f"is a {other.name.replace('_', ' ')} of Wan, not a {wanted}"
-    return f"holds no {wanted} of Wan: it is of another model"
+            return f"{path} is a {other.name.replace('_', ' ')} of Wan, not a {wanted}"
+    return f"{path} holds no {wanted} of Wan: it is of another model"
 
 
 def _entries(

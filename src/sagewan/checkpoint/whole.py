@@ -15,7 +15,7 @@ _UNUSED = "norm_added_q"
 def check_whole(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """CheckpointError unless the source holds these weights in these shapes, and no others."""
     for problem in problems(source, shapes):
-        raise CheckpointError(f"{source.path} {problem}")
+        raise CheckpointError(problem)
 
 
 def same_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -24,19 +24,22 @@ def same_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def problems(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """What is wrong, in the words that follow the file's name."""
+    """What is wrong, a sentence each."""
     if missing := sorted(shapes.keys() - source.entries.keys()):
-        yield f"lacks {len(missing)} of its weights, such as {missing[0]}: fetch it again"
+        yield (
+            f"{source.path} lacks {len(missing)} of its weights, such as {missing[0]}: "
+            "fetch it again"
+        )
     for name in sorted(shapes.keys() & source.entries.keys()):
         found, wanted = source.entries[name].shape, tuple(shapes[name])
         if not same_shape(found, wanted):
             yield (
-                f"holds {name} in the shape {list(found)}, and by its config or its other weights "
-                f"it is {list(wanted)}: fetch it again"
+                f"{source.path} holds {name} in the shape {list(found)}, and by its config or its "
+                f"other weights it is {list(wanted)}: fetch it again"
             )
     others = [*source.unknown, *(source.entries.keys() - shapes.keys())]
     if more := sorted(name for name in others if _UNUSED not in name):
         yield (
-            f"holds {len(more)} weights that this model has no place for, such as {more[0]}: it is "
-            "another kind of model, which this version does not run"
+            f"{source.path} holds {len(more)} weights that this model has no place for, such as "
+            f"{more[0]}: it is another kind of model, which this version does not run"
         )

@@ -131,6 +131,7 @@ def _notes(job: Job, words: Words) -> list[str]:
     return [
         *fallback_notes(steps, words),
         *(words.sentence(note) for note in plan.get("notes", [])),
+        *(words.sentence(note) for note in report.get("memory", {}).get("notes", [])),
     ]
 
 

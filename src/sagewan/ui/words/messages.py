@@ -5,30 +5,92 @@ can be held against them, and recognised in a finished sentence, so that it can 
 """
 
 import ast
+import builtins
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-_ERRORS = re.compile(r"[A-Z]\w*(Error|Cancelled)|Cancelled")
 _HOLE = "{}"
+# Raised to who calls a function with wrong tensors, or at rows that are then refused by a sentence
+# of their own: no visitor reads these.
+_NOT_SHOWN = {"ShapeError", "ImplementationError", "CudaError"}
+_ERROR = re.compile(r"[A-Z]\w*Error|Cancelled")
+# What sentences are called that are kept for later.
+_KEPT = {"note", "notes", "wrong", "refusal"}
 
 
 def templates(package: Path) -> Iterator[str]:
-    """Every sentence with ``{}`` for its values that is raised as an error of the user's, or
-    yielded as a note, in the modules below a folder."""
+    """Every sentence with ``{}`` for its values that is raised as an error of the user's, yielded
+    or kept as a note, in the modules below a folder."""
     for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            yield from filter(None, map(_template, _sentences(node)))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for expression in (*_raised(tree), *_noted(tree)):
+            yield from filter(None, map(_template, _texts(expression)))
 
 
-def _sentences(node: ast.AST) -> Iterator[ast.expr]:
-    if isinstance(node, ast.Call) and node.args:
-        name = node.func.id if isinstance(node.func, ast.Name) else ""
-        if _ERRORS.fullmatch(name):
-            yield node.args[0]
-    elif isinstance(node, ast.Yield) and isinstance(node.value, ast.JoinedStr | ast.Constant):
-        yield node.value
+def unread(package: Path) -> Iterator[str]:
+    """Errors of the user's whose sentence :func:`templates` does not find, as code."""
+    for path in sorted(package.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        local = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for message in _messages(tree):
+            helper = isinstance(message, ast.Call) and _name(message.func) in local
+            if not (helper or list(_texts(message))):
+                yield f"{path.name}: {ast.unparse(message)}"
+
+
+def _messages(tree: ast.AST) -> Iterator[ast.expr]:
+    """The first argument of every error that carries a sentence for the user."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args:
+            name = _name(node.func)
+            known = name in _NOT_SHOWN or hasattr(builtins, name)
+            if _ERROR.fullmatch(name) and not known:
+                yield node.args[0]
+
+
+def _raised(tree: ast.AST) -> Iterator[ast.expr]:
+    """The sentences of errors, and what the functions that make them return."""
+    helpers = set()
+    for message in _messages(tree):
+        yield message
+        if isinstance(message, ast.Call):
+            helpers.add(_name(message.func))
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name in helpers:
+            yield from (
+                node.value
+                for node in ast.walk(function)
+                if isinstance(node, ast.Return) and node.value
+            )
+
+
+def _noted(tree: ast.AST) -> Iterator[ast.expr]:
+    """What is yielded, or kept under the name of a note."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Yield) and node.value:
+            yield node.value
+        elif isinstance(node, ast.Assign):
+            target = node.targets[0]
+            name = target.attr if isinstance(target, ast.Attribute) else _name(target)
+            if name in _KEPT:
+                yield node.value
+
+
+def _texts(expression: ast.expr) -> Iterator[ast.expr]:
+    """The texts that an expression may be."""
+    if isinstance(expression, ast.Constant | ast.JoinedStr):
+        yield expression
+    elif isinstance(expression, ast.IfExp):
+        yield from (*_texts(expression.body), *_texts(expression.orelse))
+    elif isinstance(expression, ast.Tuple):
+        for one in expression.elts:
+            yield from _texts(one)
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _template(node: ast.expr) -> str | None:

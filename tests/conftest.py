@@ -17,7 +17,7 @@ with contextlib.suppress(ImportError):
     from hypothesis import settings
 
     # An example takes as long as the machine lets it: the tests' own limit is pytest's.
-    settings.register_profile("shared machine")
+    settings.register_profile("shared machine", deadline=None)
     settings.load_profile("shared machine")
 
 

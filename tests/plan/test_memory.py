@@ -138,6 +138,19 @@ def test_too_little_host_memory_is_said() -> None:
     assert make_plan(request, stored, hardware, Evidence()).memory.fits
 
 
+def test_a_card_that_is_too_small_for_the_text_gets_no_advice_that_would_not_help() -> None:
+    note = next(note for note in plan(vram=4, ram=64).notes if "will not fit" in note)
+    assert "larger card" in note
+    assert "--frames" not in note
+    assert "fp4_scaled" not in note
+
+
+@pytest.mark.parametrize(("asked", "said"), [(None, False), (1, True), (2, True), (3, False)])
+def test_swapping_one_or_two_blocks_is_said_to_save_nothing(asked: int | None, said: bool) -> None:
+    notes = plan("wan2.1-t2v-1.3b", vram=32, block_swap=asked).notes
+    assert any("saves nothing" in note for note in notes) == said
+
+
 def test_on_a_cpu_the_text_encoder_is_counted_in_float32() -> None:
     hardware = pretend(machine(), gpu=None, vram=None, ram=16)
     request = Request(prompt="x", size=(416, 240), frames=17)

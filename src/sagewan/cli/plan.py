@@ -14,7 +14,7 @@ from sagewan.plan.serialize import plan_to_json
 from sagewan.plan.speed import estimated_seconds
 
 # Smaller lines of a sum are left out, in bytes.
-_SHOWN = GIB // 200
+_SHOWN = GIB // 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

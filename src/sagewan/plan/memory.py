@@ -312,6 +312,8 @@ def memory_notes(
         if not memory.fits_host:
             yield _host_note(needs, memory, hardware)
         return
+    if asked and memory.block_swap == asked < _LEAST_SWAP:
+        yield f"block_swap={asked} saves nothing: two buffers take the place of the swapped blocks"
     if asked is not None and memory.block_swap > asked:
         yield (
             f"{memory.block_swap} blocks are swapped, not {asked}: with fewer this would not fit "
@@ -323,7 +325,14 @@ def memory_notes(
             f"{device.name} needs it for this size and length"
         )
     if not memory.fits_device:
-        yield f"this will not fit: {_too_large(needs, memory)}; {_advice(needs, hardware)}"
+        text = next(stage for stage in memory.stages if stage.name == "text")
+        advice = (
+            f"the text alone takes {text.device / GIB:.1f} GiB, however small the video: use a "
+            "larger card, or --device cpu"
+            if text.device > memory.room
+            else _advice(needs, hardware)
+        )
+        yield f"this will not fit: {_too_large(needs, memory)}; {advice}"
     elif not memory.fits_host:
         yield _host_note(needs, memory, hardware)
 
@@ -339,8 +348,10 @@ def smaller(model: Model, frames: int, grid_size: tuple[int, int]) -> str:
 
 def _too_large(needs: Needs, memory: MemoryPlan) -> str:
     worst = max(memory.stages, key=lambda stage: stage.device)
+    swapped = worst.name in ("text", "denoise")
+    how = "with every block swapped" if swapped else "in the smallest tiles"
     return (
-        f"{worst.name} takes {worst.device / GIB:.1f} GiB even with every block swapped, "
+        f"{worst.name} takes {worst.device / GIB:.1f} GiB even {how}, "
         f"{needs.device.name} has {memory.room / GIB:.1f} GiB for it"
     )
 
@@ -367,7 +378,7 @@ def _advice(needs: Needs, hardware: Hardware) -> str:
     said += ["--size {}x{}".format(*narrow.grid_size)] if narrow else []
     if said:
         return f"{' or '.join(said)} would fit"
-    return "choose a smaller model, or --quantization fp4_scaled"
+    return "choose a smaller model" + ("" if needs.packed else ", or --quantization fp4_scaled")
 
 
 def _host_note(needs: Needs, memory: MemoryPlan, hardware: Hardware) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sagewan.jobs.outputs import outputs_folder
+from sagewan.jobs.records import default_path
 from tests.cli.conftest import Said
 
 Sagewan = Callable[..., Said]
@@ -51,6 +52,15 @@ def test_what_the_queue_refuses(sagewan: Sagewan, words: tuple[str, ...], senten
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("action", ["list", "work"])
+def test_a_queue_that_is_no_database_is_one_sentence(sagewan: Sagewan, action: str) -> None:
+    default_path().parent.mkdir(parents=True, exist_ok=True)
+    default_path().write_text("no database, by far " * 100)
+    said = sagewan("queue", action)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "can't be used" in said.err
+
+
 def test_a_finished_job_is_not_moved(sagewan: Sagewan) -> None:
     sagewan("queue", "add", "a red ball", *TINY)
     sagewan("queue", "cancel", "1")
@@ -63,7 +73,8 @@ def test_settings_are_compared(sagewan: Sagewan, tmp_path: Path) -> None:
     settings = ("--with", "attention=sdpa", "--with", "attention=sageattn emulate=yes steps=1")
     said = sagewan("compare", "a red ball", *TINY, "-o", output, *settings)
     assert said.code == 0
-    assert "| attention=sageattn emulate=True steps=1 | sageattn |" in said.out
+    assert "| attention=sageattn emulate=True steps=1 | sageattn (emulated) |" in said.out
+    assert "| attention=sdpa | sdpa |" in said.out
     assert output.exists()
 
 

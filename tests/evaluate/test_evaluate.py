@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -45,6 +46,17 @@ def test_the_table_says_what_ran_and_what_it_costs(tmp_path: Path) -> None:
     ElementTree.fromstring((tmp_path / "table.svg").read_text())
     lines = (tmp_path / "clips.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 3
+
+
+def test_an_evaluation_that_compares_nothing_says_what_would(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = settings(tmp_path / "plain", "sdpa", "sageattn", emulate=False)
+    evaluate(replace(plain, count=1))
+    assert "nothing is compared: all that was asked for runs as sdpa here" in caplog.text
+    caplog.clear()
+    evaluate(replace(settings(tmp_path / "emulated", "sageattn"), count=1))
+    assert "nothing is compared" not in caplog.text
 
 
 def test_a_planted_fault_is_found_and_goes_by_its_own_name(

@@ -57,12 +57,18 @@ def run(arguments: argparse.Namespace) -> int:
     except StateError as error:
         raise RequestError(str(error)) from None
     except (OSError, sqlite3.Error) as error:
-        raise RequestError(
-            f"the queue in {default_path()} can't be used ({error}); set SAGEWAN_DATA to a folder "
-            "that can be written"
-        ) from error
+        raise _unusable(error) from error
     print(text)
     return 0
+
+
+def _unusable(error: Exception) -> RequestError:
+    from sagewan.jobs.records import default_path
+
+    return RequestError(
+        f"the queue in {default_path()} can't be used ({error}); set SAGEWAN_DATA to a folder "
+        "that can be written"
+    )
 
 
 def _list(queue: "Queue", arguments: argparse.Namespace) -> str:
@@ -152,7 +158,10 @@ def _work(*, until_empty: bool, while_stdin: bool) -> int:
             stack.enter_context(shown(watch))
             return watch
 
-        work(default_path(), stop, until_empty=until_empty, watch_of=watch_of)
+        try:
+            work(default_path(), stop, until_empty=until_empty, watch_of=watch_of)
+        except (OSError, sqlite3.Error) as error:
+            raise _unusable(error) from error
     return 0
 
 

@@ -3,6 +3,7 @@ weights in the plan's own dtype, from the same seeds."""
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from sagewan.plan.plan import Plan
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import settings
 from sagewan.plan.words import check_words
+
+logger = logging.getLogger(__name__)
 
 # Small videos are put together until a transformer's hidden state has so many numbers, on a GPU and
 # on a CPU: 256 and 4 of the demo's usual clips. A Wan video is one alone.
@@ -80,6 +83,12 @@ def evaluate(evaluation: Evaluation, *, watch: Watch | None = None) -> Evaluated
     asked = _prompts(evaluation, model)
     request = replace(request, prompt=asked[0].prompt)
     cells = make_cells(request, subject, evaluation.attention, evaluation.quantization, watch)
+    if len(cells) > 1 and all(cell.same_as for cell in cells[1:]):
+        logger.warning(
+            "nothing is compared: all that was asked for runs as %s here; --emulate computes the "
+            "quantised modes with their exact number formats, slowly",
+            cells[0].name,
+        )
     plan = cells[0].decision.plan
     told = _settings(evaluation, plan, cells, asked) | {"software": software(subject.hardware)}
     record = Record(evaluation.folder, told)

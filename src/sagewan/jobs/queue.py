@@ -84,16 +84,18 @@ class Queue(Store):
         self._db.execute("UPDATE jobs SET attempts = attempts - 1 WHERE id = ?", (job,))
 
     def of(
-        self, owner: str | None, *states: State, limit: int = 50, single: bool = False
+        self, owner: str | None, *states: State, limit: int = 50, compares: bool | None = None
     ) -> list[Job]:
-        """The jobs of an owner in any of these states (none: all), the newest first; with
-        ``single`` no comparisons."""
+        """The jobs of an owner in any of these states (none: all), the newest first; where
+        ``compares`` is said, only comparisons, or none of them."""
         chosen = states or tuple(State)
         places = ", ".join("?" for _ in chosen)
         rows = self._db.execute(
             "SELECT * FROM jobs WHERE owner IS NOT NULL AND (?1 IS NULL OR owner = ?1) "  # noqa: S608 only question marks
-            f"AND state IN ({places}) AND (variants IS NULL OR NOT ?) ORDER BY id DESC LIMIT ?",
-            (owner, *chosen, single, limit),
+            f"AND state IN ({places}) "
+            "AND (variants IS NOT NULL) = COALESCE(?, variants IS NOT NULL) "
+            "ORDER BY id DESC LIMIT ?",
+            (owner, *chosen, compares, limit),
         )
         return [job_of(row) for row in rows]
 

@@ -56,6 +56,7 @@ class Compared:
             "name": self.name,
             "path": str(self.result.path),
             "modes": [row["mode"] for row in report["attention"]["ran"]],
+            "emulated": report["attention"]["emulated"],
             "fallbacks": report["attention"]["fallbacks"],
             "seconds": report["timings"]["total"],
             "seconds_per_step": sum(steps) / len(steps) if steps else None,
@@ -87,7 +88,8 @@ class Comparison:
             "|---|---|---|---|---|---|---|",
         ]
         for row in (video.to_json() for video in self.videos):
-            cells = [row["name"], " + ".join(dict.fromkeys(row["modes"])), *_numbers(row)]
+            ran = " + ".join(dict.fromkeys(row["modes"]))
+            cells = [row["name"], ran + " (emulated)" * row["emulated"], *_numbers(row)]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 

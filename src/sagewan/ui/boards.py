@@ -9,7 +9,7 @@ from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.ui.downloads import DOWNLOADS
 from sagewan.ui.found import model_facts
 from sagewan.ui.templates import render
-from sagewan.ui.views import card, cards, current, fallback_notes
+from sagewan.ui.views import card, cards, current, fallback_notes, ran
 from sagewan.ui.words import Words
 
 _HEADS = ("name", "ran", "psnr", "ssim", "seconds", "step", "memory")
@@ -25,7 +25,7 @@ def _library(queue: Queue, owner: str, words: Words) -> str:
 
 def _compare(queue: Queue, owner: str, words: Words) -> str:
     """The visitor's latest comparison."""
-    job = next((job for job in queue.of(owner, limit=200) if job.variants is not None), None)
+    job = next(iter(queue.of(owner, limit=1, compares=True)), None)
     videos: list[Mapping[str, Any]] = []
     if job and job.report:
         videos = job.report["videos"]
@@ -73,7 +73,7 @@ def _row(video: Mapping[str, Any], words: Words) -> list[str]:
     step = video["seconds_per_step"]
     return [
         video["name"],
-        " + ".join(dict.fromkeys(video["modes"])),
+        ran(video["report"], words) or "–",
         *quality,
         f"{video['seconds']:.1f}",
         "–" if step is None else f"{step:.2f}",

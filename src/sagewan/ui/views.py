@@ -65,13 +65,13 @@ def cards(queue: Queue, owner: str, words: Words, *, limit: int = 60) -> list[Ca
 def current(queue: Queue, owner: str, words: Words) -> Card | None:
     """The video that the first page shows: what runs, else what waits, else what ended last.
     Comparisons have a page of their own."""
-    running = queue.of(owner, State.RUNNING, limit=1, single=True)
+    running = queue.of(owner, State.RUNNING, limit=1, compares=False)
     if running:
         return card(queue, running[0], words)
     for place, job in enumerate(queue.waiting(), start=1):
         if job.owner == owner and job.variants is None:
             return card(queue, job, words, place)
-    ended = queue.of(owner, *ENDED, limit=1, single=True)
+    ended = queue.of(owner, *ENDED, limit=1, compares=False)
     return card(queue, ended[0], words) if ended else None
 
 

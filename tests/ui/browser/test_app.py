@@ -115,7 +115,7 @@ def test_two_settings_are_compared(visit: Open) -> None:
     page.wait_for_selector("#sw-compare .sw-videos")
     assert page.locator("#sw-compare .sw-layers > video:not(.sw-over)").count() == 2
     cells = page.locator("#sw-compare tbody tr").nth(1).locator("td").all_inner_texts()
-    assert cells[0] == "sageattn_3_fp8"
+    assert cells[0] == "sageattn_3_fp8 (emulated)"
     assert 10 < float(cells[1]) < 90
     assert 0 < float(cells[2]) <= 1
     page.wait_for_function(f"{VIDEOS}.every(video => video.readyState >= 2)")

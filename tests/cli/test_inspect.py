@@ -117,7 +117,8 @@ def test_models_lists_the_folder_and_what_is_wrong_in_it(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     (models / "mine.gguf").write_bytes((folder / "q8_0.gguf").read_bytes())
     (models / "page.safetensors").write_text("<html>")
-    (models / "empty").mkdir()
+    for name in ("empty", "loras", "vae", "text_encoders"):
+        (models / name).mkdir()
     said = sagewan("models")
     assert said.code == 0
     lines = {line.partition(": ")[0]: line for line in said.out.splitlines()}

@@ -23,6 +23,10 @@ _SUBFOLDERS = {
     "tokenizer": ("tokenizer", "google/umt5-xxl", "umt5-xxl"),
     "image_processor": ("image_processor",),
 }
+# The app offers what lies there, in the models folder.
+LORAS = "loras"
+# Folders that may stand among the models and are none.
+PART_FOLDERS = frozenset({LORAS, *(name for names in _SUBFOLDERS.values() for name in names)})
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 

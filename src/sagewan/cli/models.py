@@ -9,7 +9,7 @@ from typing import Any
 from sagewan.checkpoint.experts import weight_files
 from sagewan.checkpoint.find import REPOSITORIES, candidates, demo_folder
 from sagewan.checkpoint.inspection import inspect
-from sagewan.checkpoint.places import models_folder
+from sagewan.checkpoint.places import PART_FOLDERS, models_folder
 from sagewan.errors import CheckpointError
 
 
@@ -45,6 +45,7 @@ def _found() -> Iterator[tuple[str, Path]]:
                 break
     folder = models_folder()
     if folder.is_dir():
+        known |= {folder / name for name in PART_FOLDERS}
         for path in sorted(one for one in folder.iterdir() if one.is_dir() and one not in known):
             yield path.name, path
         for path in weight_files(folder):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sagewan.checkpoint.find import find_model
 from sagewan.checkpoint.inspection import inspect
-from sagewan.checkpoint.places import models_folder
+from sagewan.checkpoint.places import LORAS, models_folder
 from sagewan.errors import CheckpointError
 from sagewan.plan.models import DEMO, PUBLISHED
 
@@ -49,7 +49,7 @@ def lora_paths() -> Mapping[str, Path]:
     """The LoRA files in the models folder's ``loras``, by name."""
     return {
         path.name: path
-        for path in _entries(models_folder() / "loras")
+        for path in _entries(models_folder() / LORAS)
         if path.suffix == ".safetensors"
     }
 

@@ -65,7 +65,7 @@ ZH_SENTENCES: Mapping[str, str] = {
     "{}x{} is not on the model's grid: generated at {}x{} and cropped": "{}x{} 不在模型的网格上：按 {}x{} 生成后裁剪",
     "the scheduler lcm is for distilled checkpoints: others come out unfinished": "调度器 lcm 用于蒸馏模型：其他模型的结果会不完整",
     "emulate changes nothing here: {} runs without emulation": "这里的模拟不起作用：{} 无需模拟即可运行",
-    "{} takes {} GiB even {}, {} has {} GiB for it": "{} 阶段{}也要 {} GiB，{} 能给它 {} GiB",
+    "{} takes {} GiB even {}, {} has {} GiB for it": "{0} 阶段{2}也要 {1} GiB，{3} 能给它 {4} GiB",
     "with every block swapped": "即使交换所有块",
     "in the smallest tiles": "即使用最小的分块",
     "the text alone takes {} GiB, however small the video: use a larger card, or --device cpu": "仅文本就要 {} GiB，与视频大小无关：请用更大的显卡，或 --device cpu",

@@ -138,3 +138,16 @@ def test_a_folder_that_cannot_be_made_is_only_a_warning(
     folder.write_text("a file is in the way", encoding="utf-8")
     store(PASSED, H100, HARDWARE, PROBLEM)
     assert "was not stored" in caplog.text
+
+
+def test_what_compiles_at_run_time_is_tested_again_with_another_compiler() -> None:
+    packages = {**HARDWARE.packages, "cuda-bindings": "13.0.3"}
+    without = replace(HARDWARE, packages=packages)
+    row = "sagewan.sageattn_hopper"
+    broken = replace(failed("self-test-crashed"), implementation=row)
+    store(broken, H100, without, PROBLEM)
+    assert load_evidence(H100, without, PROBLEM).tests
+    for name in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
+        installed = replace(HARDWARE, packages={**packages, name: "13.0.88"})
+        assert load_evidence(H100, installed, PROBLEM).tests == {}
+    assert "sagewan doctor tries it again" in broken.objection.sentence()  # type: ignore[union-attr]

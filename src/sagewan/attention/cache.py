@@ -3,17 +3,21 @@ dtype that they were made with."""
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from sagewan.attention.worker import self_test_from
-from sagewan.plan.catalogue import Implementation, Problem, row_named, rows_of
+from sagewan.cache import cache_folder, write_whole
+from sagewan.plan.catalogue import (
+    CUDA_BINDINGS,
+    NVRTC,
+    Implementation,
+    Problem,
+    row_named,
+    rows_of,
+)
 from sagewan.plan.evidence import Evidence, SelfTest
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.modes import MODES
@@ -44,14 +48,9 @@ def store(test: SelfTest, device: Device, hardware: Hardware, problem: Problem) 
     stored = {**_read(path), key: asdict(test)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(stored, indent=1))
+        write_whole(path, json.dumps(stored, indent=1).encode())
     except OSError as error:
         logger.warning("the self-test of %s was not stored: %s", test.implementation, error)
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept: ``SAGEWAN_CACHE``, or the user's caches."""
-    return Path(os.environ.get("SAGEWAN_CACHE") or platformdirs.user_cache_dir("sagewan"))
 
 
 def _path() -> Path:
@@ -62,6 +61,10 @@ def _key(row: Implementation, device: Device, hardware: Hardware, problem: Probl
     """Everything that a result may depend on."""
     triton = hardware.packages.get("triton") or hardware.packages.get("triton-windows")
     package = hardware.packages.get(row.package) if row.package else None
+    # What compiles at run time depends on its compiler too.
+    compilers = {
+        name: hardware.packages.get(name) for name in NVRTC if row.package == CUDA_BINDINGS
+    }
     parts = {
         "row": row.name,
         "head size": problem.head_dim,
@@ -72,6 +75,7 @@ def _key(row: Implementation, device: Device, hardware: Hardware, problem: Probl
         "cuda": hardware.torch_cuda,
         "triton": triton,
         row.package or "package": package,
+        **compilers,
         "sagewan": hardware.packages.get("sagewan"),
     }
     return "; ".join(f"{name} {value}" for name, value in parts.items() if value)
@@ -100,15 +104,3 @@ def _with(evidence: Evidence, row: Implementation, values: Mapping[str, Any]) ->
         logger.warning("the stored self-test of %s is ignored: %r", row.name, error)
         return evidence
     return evidence.with_test(test)
-
-
-def _write(path: Path, text: str) -> None:
-    """Beside, then renamed: a reader never sees half a file."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise

@@ -4,19 +4,20 @@ Nothing but what the CUDA build of torch installs is needed: no toolkit, no comp
 Machine code is kept between runs in the user's cache folder, by what went into it.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
+
+from sagewan.cache import cache_folder, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +74,13 @@ def _machine_code(name: str, architecture: str, defines: Mapping[str, int]) -> b
     source = (_FOLDER / name).read_bytes()
     parts = (source, name, architecture, sorted(defines.items()), _FLAGS, version)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    kept = platformdirs.user_cache_path("sagewan") / "kernels" / f"{key}.cubin"
-    if kept.is_file():
+    kept = cache_folder() / "kernels" / f"{key}.cubin"
+    with contextlib.suppress(OSError):
         return kept.read_bytes()
     code = compile_source(name, architecture, defines).code
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(kept)
+        write_whole(kept, code)
     except OSError as error:
         # A cache that can't be written costs a second or two at the next start.
         logger.debug("%s is not kept: %s", name, error)

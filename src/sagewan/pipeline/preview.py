@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sagewan.attention.cache import cache_folder
+from sagewan.cache import cache_folder
 from sagewan.errors import RequestError
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import normalized

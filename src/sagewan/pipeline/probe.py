@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sagewan.plan.catalogue import CUDA_BINDINGS, NVRTC
 from sagewan.plan.hardware import Device, Hardware
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ PACKAGES = (
     "flash-attn",
     "sageattention",
     "sageattn3",
-    "cuda-bindings",
+    CUDA_BINDINGS,
+    *NVRTC,
     "nvidia-cudnn-cu13",
     "nvidia-cudnn-cu12",
     "nvidia-cutlass-dsl",

@@ -91,6 +91,10 @@ class Implementation(Row):
         return next(self.objections(problem, device, hardware), None)
 
 
+CUDA_BINDINGS = "cuda-bindings"
+# Distributions of the compiler that it calls: of CUDA 13, and of 12.
+NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
+
 _OUR_HEAD_DIMS = tuple(range(8, 257, 8))
 _HOPPER_HEAD_DIMS = tuple(range(72, 129, 8))
 _FP4_HEAD_DIMS = tuple(range(8, 256, 8))
@@ -167,7 +171,7 @@ ROWS: tuple[Implementation, ...] = (
         lse_option="return_lse",
         sms=(90,),
         head_dims=_HOPPER_HEAD_DIMS,
-        package="cuda-bindings",
+        package=CUDA_BINDINGS,
         versions=("12.8", "14"),
         install="pip install cuda-bindings nvidia-cuda-nvrtc",
         systems=("Linux", "Windows"),
@@ -279,7 +283,7 @@ ROWS: tuple[Implementation, ...] = (
         lse_option="return_lse",
         sms=(90,),
         head_dims=_HOPPER_HEAD_DIMS,
-        package="cuda-bindings",
+        package=CUDA_BINDINGS,
         versions=("12.8", "14"),
         install="pip install cuda-bindings nvidia-cuda-nvrtc",
         systems=("Linux", "Windows"),

@@ -31,7 +31,9 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 ),
                 "self-test-not-finite": "its self-test gave NaN or infinite values",
                 "self-test-changed-inputs": "its self-test found that it changes its inputs",
-                "self-test-crashed": "its self-test failed ({error})",
+                "self-test-crashed": (
+                    "its self-test failed ({error}); sagewan doctor tries it again"
+                ),
                 "self-test-no-memory": (
                     "its self-test found too little free memory ({error}); "
                     "sagewan doctor tries it again"
@@ -71,7 +73,7 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "self-test-error": "自检误差为 {error}，超过该级别的上限 {limit}",
                 "self-test-not-finite": "自检得到 NaN 或无穷大",
                 "self-test-changed-inputs": "自检发现它会改动输入",
-                "self-test-crashed": "自检失败（{error}）",
+                "self-test-crashed": "自检失败（{error}）；sagewan doctor 会再试一次",
                 "self-test-no-memory": "自检时空闲内存太少（{error}）；sagewan doctor 会再试一次",
                 "self-test-timeout": "自检在 {seconds} 秒内没有结果；sagewan doctor 会再试一次",
                 "run-not-finite": "它的结果在第 {step} 步不再是有限值",

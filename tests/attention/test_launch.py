@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sagewan.attention.launch import Launcher, torch_backend
 from sagewan.attention.resolve import ImplementationError
+from sagewan.kernels.nvrtc import CudaError
 from sagewan.plan.attention import Choice
 from sagewan.plan.catalogue import Implementation, row_named
 from sagewan.reference.attention import attention_with_lse, relative_error
@@ -171,6 +172,8 @@ def test_a_failure_carries_the_row_and_the_reason(install: Install, body: str, w
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        CudaError("loading hopper_attention.cu: CUDA_ERROR_OUT_OF_MEMORY"),
         MemoryError(),
     ],
 )
@@ -204,6 +207,19 @@ def test_what_a_failing_row_breaks_off_is_not_counted(
     with pytest.raises(ImplementationError):
         broken_off()
     assert [ran["calls"] for ran in launcher.ran()] == [1]
+
+
+def test_nor_is_what_memory_that_ran_out_breaks_off() -> None:
+    launcher = Launcher()
+
+    def broken_off() -> None:
+        with launcher.whole():
+            launcher.attend(*bias(8), choice(SDPA))
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        broken_off()
+    assert launcher.ran() == []
 
 
 AUX_DATA = (

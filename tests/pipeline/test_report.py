@@ -49,6 +49,7 @@ def test_a_report_on_a_gpu() -> None:
         "bytes": 28,
         "compute": "bfloat16",
         "layers": {"bfloat16": 400, "float32": 3},
+        "fallbacks": [],
         "lora": [],
     }
     assert report["memory"] == {

@@ -14,6 +14,7 @@ from sagewan.attention.resolve import Function, ImplementationError, load, name_
 from sagewan.plan.attention import Choice
 from sagewan.plan.catalogue import Implementation
 from sagewan.plan.objection import Objection
+from sagewan.plan.row import Row
 from sagewan.reference.attention import log_sum_exp
 
 _BACKENDS = {
@@ -30,6 +31,8 @@ _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: not enough memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "Triton Error [CUDA]: out of memory",
 )
 
 
@@ -63,12 +66,12 @@ class Launcher:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Count the calls within the block only if no row fails in it: what a failure breaks off
-        is done again, and then counted."""
+        """Count the calls within the block only if no row fails in it and memory suffices: what is
+        broken off so is done again, and then counted."""
         before = self._calls.copy()
         try:
             yield
-        except ImplementationError:
+        except (ImplementationError, RuntimeError, MemoryError):
             self._calls = before
             raise
 
@@ -133,15 +136,18 @@ def call(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ImplementationError(
-            row.name, Objection("run-failed", {"error": one_line(error)})
-        ) from error
+        raise failed(row, error) from error
     output, lse = result[:2] if isinstance(result, tuple) else (result, None)
     output = output.transpose(1, 2) if row.layout == "BNHD" else output
     if output.shape != shape:
         found = f"it returned the shape {tuple(output.shape)} for {tuple(shape)}"
-        raise ImplementationError(row.name, Objection("run-failed", {"error": found}))
+        raise ImplementationError(row, Objection("run-failed", {"error": found}))
     return output.to(dtype), lse if with_lse and row.lse_option else None
+
+
+def failed(row: Row, error: Exception) -> ImplementationError:
+    """What a row's function raised, as what is known of the row."""
+    return ImplementationError(row, Objection("run-failed", {"error": one_line(error)}))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,10 +17,15 @@ Function = Callable[..., Any]
 class ImplementationError(Exception):
     """A row could not be loaded or failed when called; with this evidence, plan again."""
 
-    def __init__(self, implementation: str, objection: Objection) -> None:
-        super().__init__(f"{implementation}: {objection.sentence()}")
-        self.implementation = implementation
+    def __init__(self, row: Row, objection: Objection) -> None:
+        super().__init__(f"{row.name}: {objection.sentence()}")
+        self.row = row
         self.objection = objection
+
+    @property
+    def implementation(self) -> str:
+        """The row's name."""
+        return self.row.name
 
 
 def load(row: Row) -> Function:
@@ -41,10 +46,10 @@ def load(row: Row) -> Function:
     except (Exception, SystemExit) as error:
         logger.debug("importing %s", module_name, exc_info=True)
         values = {"package": package, "error": one_line(error)}
-        raise ImplementationError(row.name, Objection("import-failed", values)) from error
+        raise ImplementationError(row, Objection("import-failed", values)) from error
     if not callable(function):
         values = {"package": package, "function": f"{module_name}.{function_name}"}
-        raise ImplementationError(row.name, Objection("function-missing", values))
+        raise ImplementationError(row, Objection("function-missing", values))
     return function  # type: ignore[no-any-return]
 
 

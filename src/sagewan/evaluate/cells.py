@@ -6,6 +6,7 @@ from typing import Any
 
 from sagewan.pipeline.decide import Decision, decide
 from sagewan.pipeline.progress import Watch
+from sagewan.pipeline.recover import changes_between
 from sagewan.pipeline.report import Change, planned_changes
 from sagewan.plan.catalogue import ROWS
 from sagewan.plan.hardware import Hardware
@@ -39,14 +40,9 @@ class Cell:
 
     def without(self, failures: Mapping[str, Objection]) -> None:
         """Decide again, now that these implementations, by name, are known to fail."""
-        before = self.decision.plan.attention.main.row
+        before = self.decision.plan
         self.decision = self.decision.after(dict(failures))
-        after = self.decision.plan.attention.main.row
-        why = "; ".join(objection.sentence() for objection in failures.values())
-        names = (
-            (before.mode, after.mode) if before.mode != after.mode else (before.name, after.name)
-        )
-        self.changes.append(Change(*names, why))
+        self.changes += changes_between(before, self.decision.plan, failures)
 
 
 def cell_name(attention: str, quantization: str) -> str:

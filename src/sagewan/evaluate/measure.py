@@ -22,7 +22,6 @@ from sagewan.pipeline.metrics import decibels, similarities, square_errors
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.schedulers import TRAIN_STEPS
 from sagewan.pipeline.session import Session
-from sagewan.plan.catalogue import row_named
 from sagewan.plan.plan import Plan
 
 # The PSNR of a clip that is equal to its reference, byte for byte, so that a mean exists.
@@ -71,7 +70,7 @@ class Batch:
                 return self._run(cell, began)
             except (RowFailed, ImplementationError) as stop:
                 failure = stop.failure if isinstance(stop, RowFailed) else stop
-                if row_named(failure.implementation).trusted:
+                if failure.row.trusted:
                     raise  # torch itself: unexpected
                 cell.without({failure.implementation: failure.objection})
 

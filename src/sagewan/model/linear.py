@@ -1,12 +1,14 @@
 """A linear layer whose weight is quantised, and what multiplies by it."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from sagewan.attention.resolve import Function, load, name_of
+from sagewan.attention.launch import failed, is_out_of_memory
+from sagewan.attention.resolve import Function, ImplementationError, load, name_of
 from sagewan.checkpoint.packed import FP8_DTYPES, Packed
 from sagewan.model.matmul import unpacked
 from sagewan.plan.layers import role_of
@@ -92,7 +94,8 @@ class QuantLinear(nn.Linear):
 class Multiplier:
     """Gives a run's layers the rows of its plan, and keeps the count that the report shows.
 
-    As attention's, the count is by the function that was called, not by the name asked for.
+    As attention's, the count is by the function that was called, not by the name asked for; and
+    whatever the function raises, but for running out of memory, is an ImplementationError.
     """
 
     def __init__(self) -> None:
@@ -116,13 +119,28 @@ class Multiplier:
             for (name, format_, compute), calls in self._calls.most_common()
         ]
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """As attention's: what is broken off and done again counts once."""
+        before = self._calls.copy()
+        try:
+            yield
+        except (ImplementationError, RuntimeError, MemoryError):
+            self._calls = before
+            raise
+
     def _counting(self, row: LinearRow, format_: str) -> Multiply:
         function = self._functions.get(row.name) or load(row)
         self._functions[row.name] = function
         key = name_of(function, row), format_, row.compute
 
         def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-            out: Tensor = function(x, packed, bias)
+            try:
+                out: Tensor = function(x, packed, bias)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise failed(row, error) from error
             self._calls[key] += 1
             return out
 

@@ -94,7 +94,7 @@ def denoise(
             lacking: str | None = None
             try:
                 forward = _Forward(expert(index), plan, conditions)
-                with components.attention.whole():
+                with components.attention.whole(), components.multiplier.whole():
                     prediction = forward.guided(latents, time, _guidance(index, plan))
             except ImplementationError as failure:
                 raise RowFailed(before, failure) from failure

@@ -1,7 +1,7 @@
 """Denoising that learns from a failure: the plan is made again without what failed."""
 
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,7 +12,6 @@ from sagewan.pipeline.decide import Decision, blame, not_finite
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.report import Change
 from sagewan.plan.budget import UMT5_BLOCKS
-from sagewan.plan.catalogue import Implementation, row_named
 from sagewan.plan.evidence import Shortage
 from sagewan.plan.hardware import GIB
 from sagewan.plan.memory import MemoryPlan, smaller
@@ -98,7 +97,7 @@ class Recovery:
                 return denoise(self.components, plan, conditions, self.watch, resume=resume)
             except RowFailed as stop:
                 failure = stop.failure
-                if row_named(failure.implementation).trusted:
+                if failure.row.trusted:
                     raise (failure.__cause__ or failure) from None  # torch itself: unexpected
                 self._decide_again({failure.implementation: failure.objection})
                 resume = stop.snapshot
@@ -129,15 +128,30 @@ class Recovery:
         logger.warning("%s", note)
 
     def _decide_again(self, failures: dict[str, Objection]) -> None:
-        before = self.decision.plan.attention.choices
+        before = self.decision.plan
         self.decision = self.decision.after(failures)
         plan = self.decision.plan
         self.watch.planned(plan)
-        for old, new in zip(before, plan.attention.choices, strict=True):
-            if old.row.name in failures and old.row != new.row:
-                change = _change(old.row, new.row, failures[old.row.name])
-                self.changes.append(change)
-                logger.warning("%s", change.sentence())
+        for change in changes_between(before, plan, failures):
+            self.changes.append(change)
+            logger.warning("%s", change.sentence())
+
+
+def changes_between(
+    before: Plan, after: Plan, failures: Mapping[str, Objection]
+) -> Iterator[Change]:
+    """What gave way to what when a plan was made again without the rows that failed, by name."""
+    for old, new in zip(before.attention.choices, after.attention.choices, strict=True):
+        if old.row.name in failures and old.row != new.row:
+            names = (old.mode, new.mode) if old.mode != new.mode else (old.row.name, new.row.name)
+            yield Change(*names, failures[old.row.name].sentence())
+    rows = {
+        (old.name, after.weights.row(format_, role).name)
+        for format_, role, old in before.weights.rows
+        if old.name in failures
+    }
+    for source, target in sorted(rows):
+        yield Change(source, target, failures[source].sentence(), part="weights")
 
 
 # In words of the user's, where memory ran out.
@@ -188,11 +202,6 @@ def _no_more(plan: Plan, stage: str, what: str) -> str:
         f"{where} ran out of memory {_WHILE[stage]} ({what}): {planned / GIB:.2f} GiB were planned "
         f"and {free / GIB:.2f} GiB free; {advice}"
     )
-
-
-def _change(old: Implementation, new: Implementation, objection: Objection) -> Change:
-    names = (old.mode, new.mode) if old.mode != new.mode else (old.name, new.name)
-    return Change(*names, objection.sentence())
 
 
 def _rejected(plan: Plan, failure: "NotFinite") -> LatentsRejectedError:

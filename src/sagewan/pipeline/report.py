@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ _PLAIN = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Change:
-    """A step down from one mode or implementation to another, and the reason in one line."""
+    """A step down from one mode or implementation to another, and the reason in one line. ``part``
+    is what of the report it belongs to: attention or weights."""
 
     source: str
     target: str
     why: str
+    part: str = "attention"
 
     def sentence(self) -> str:
-        return f"attention: {self.source} gives way to {self.target}: {self.why}"
+        return f"{self.part}: {self.source} gives way to {self.target}: {self.why}"
 
     def to_json(self) -> dict[str, str]:
         return {"from": self.source, "to": self.target, "why": self.why}
@@ -68,12 +70,12 @@ def attention_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -
     return {
         "requested": plan.attention.requested,
         "ran": [dict(row) for row in measured.ran],
-        "fallbacks": [change.to_json() for change in changes],
+        "fallbacks": [change.to_json() for change in changes if change.part == "attention"],
         "emulated": any(row["implementation"] in emulations for row in measured.ran),
     }
 
 
-def weights_facts(plan: Plan, measured: Measured) -> dict[str, Any]:
+def weights_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -> dict[str, Any]:
     """What the transformers' matrices were stored in and multiplied by, as counted in the run."""
     quantised = {name: count for name, count in measured.formats.items() if name not in _PLAIN}
     plain = not quantised
@@ -83,6 +85,7 @@ def weights_facts(plan: Plan, measured: Measured) -> dict[str, Any]:
         "bytes": measured.weight_bytes,
         "compute": plan.dtype if plain else [dict(row) for row in measured.multiplied],
         "layers": dict(measured.formats),
+        "fallbacks": [change.to_json() for change in changes if change.part == "weights"],
         "lora": [file.to_json() for file in plan.loras],
     }
 
@@ -100,7 +103,7 @@ def software(hardware: Hardware) -> dict[str, str]:
 def make_report(
     plan: Plan,
     hardware: Hardware,
-    changes: Iterable[Change],
+    changes: Collection[Change],
     measured: Measured,
     timings: Timings,
 ) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def make_report(
         "requested": request_to_json(plan.request),
         "plan": plan_to_json(plan),
         "attention": attention_facts(plan, changes, measured),
-        "weights": weights_facts(plan, measured),
+        "weights": weights_facts(plan, changes, measured),
         "memory": {
             "peak_device_bytes": measured.peak_device_bytes,
             "planned_device_bytes": plan.memory.device_peak,

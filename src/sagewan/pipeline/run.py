@@ -228,7 +228,7 @@ class _Run:
         facts = {
             "plan": plan_to_json(self.plan),
             "attention": attention_facts(self.plan, self.changes, self._measured()),
-            "weights": weights_facts(self.plan, self._measured()),
+            "weights": weights_facts(self.plan, self.changes, self._measured()),
             "software": software(self.prepared.decision.hardware),
         }
         summary = (

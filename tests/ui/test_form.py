@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sagewan.checkpoint.places import models_folder
 from sagewan.errors import RequestError
 from sagewan.plan.modes import fitting_preset
 from sagewan.plan.request import Ends, Request
@@ -81,6 +82,22 @@ def test_a_widget_reaches_its_field_and_comes_back(name: str) -> None:
     request = request_of({"prompt": "a ball", **values})
     assert getattr(request, name) == expected
     assert getattr(request_of(values_of(request)), name) == expected
+
+
+def test_no_strength_and_no_lora_is_left_out_in_silence(own_folders: None) -> None:
+    folder = models_folder() / "loras"
+    folder.mkdir(parents=True)
+    for name in ("a", "b"):
+        (folder / f"{name}.safetensors").touch()
+    values = {"prompt": "a ball", "lora": ["a.safetensors", "b.safetensors"]}
+    request = request_of({**values, "lora.strength": "0.5"})
+    assert [lora.strength for lora in request.lora] == [0.5, 1.0]
+    with pytest.raises(RequestError, match="lora has 3 strengths for 2 files"):
+        request_of({**values, "lora.strength": "1, 1, 0.5"})
+    (folder / "b.safetensors").unlink()
+    assert values_of(request)["lora"] == ["a.safetensors", "b.safetensors"]
+    with pytest.raises(RequestError, match=r"lora=b.safetensors is not in the folder"):
+        request_of({"prompt": "a ball", **values_of(request)})
 
 
 def test_an_empty_form_is_the_default_request() -> None:

@@ -89,10 +89,13 @@ def _loras(chosen: list[str], strengths: str) -> tuple[Lora, ...]:
         raise RequestError(f"lora={absent} is not in the folder loras: choose another")
     known = [paths[name] for name in chosen]
     listed = [text for text in strengths.replace(",", " ").split() if text]
+    if len(listed) > len(known):
+        raise RequestError(
+            f"lora has {len(listed)} strengths for {len(known)} files: write one each"
+        )
     texts = [*listed, *["1"] * (len(known) - len(listed))]
     return tuple(
-        replace(Lora.parse(f"x:{text}"), path=path)
-        for path, text in zip(known, texts, strict=False)
+        replace(Lora.parse(f"x:{text}"), path=path) for path, text in zip(known, texts, strict=True)
     )
 
 

@@ -81,6 +81,7 @@ ZH_SENTENCES: Mapping[str, str] = {
     "{} steps with a LoRA: taken for a distilled one (cfg {}, shift {}, {}), where you name no others": "带 LoRA 的 {} 步：按蒸馏模型处理（cfg {}、shift {}、{}），除非你另行指定",
     "vram={}: it must be from 1 to {} (GiB)": "vram={}：必须在 1 到 {}（GiB）之间",
     "{}={}: {}choose from {}": "{}={}：{}请从中选择：{}",
+    "lora has {} strengths for {} files: write one each": "lora 有 {} 个强度，却只有 {} 个文件：请各写一个",
     "lora={} is not in the folder loras: choose another": "lora={} 不在 loras 文件夹里：请另选一个",
     "did you mean {}? ": "是不是 {}？",
     "size={}: write WIDTHxHEIGHT, such as 1280x720": "size={}：请写成 宽x高，例如 1280x720",

@@ -309,8 +309,13 @@ def memory_notes(
     if not memory.on_device:
         if asked:
             yield f"block_swap={asked} changes nothing on a CPU: every weight is in its memory"
-        if not memory.fits_host:
-            yield _host_note(needs, memory, hardware)
+        # Against all of its memory: what is free changes from run to run, and the plan, which is in
+        # the video's file, is to be the same for the same request.
+        if 0 < hardware.memory_total < memory.host_peak:
+            yield (
+                f"this will not fit: it takes {memory.host_peak / GIB:.1f} GiB of memory, and this "
+                f"machine has {hardware.memory_total / GIB:.1f}; {_host_advice(needs, hardware)}"
+            )
         return
     if asked and memory.block_swap == asked < _LEAST_SWAP:
         yield f"block_swap={asked} saves nothing: two buffers take the place of the swapped blocks"
@@ -334,7 +339,10 @@ def memory_notes(
         )
         yield f"this will not fit: {_too_large(needs, memory)}; {advice}"
     elif not memory.fits_host:
-        yield _host_note(needs, memory, hardware)
+        yield (
+            f"this will not fit: it takes {memory.host_peak / GIB:.1f} GiB of host memory, and "
+            f"{memory.host_room / GIB:.1f} GiB are free; {_host_advice(needs, hardware)}"
+        )
 
 
 def smaller(model: Model, frames: int, grid_size: tuple[int, int]) -> str:
@@ -379,13 +387,6 @@ def _advice(needs: Needs, hardware: Hardware) -> str:
     if said:
         return f"{' or '.join(said)} would fit"
     return "choose a smaller model" + ("" if needs.packed else ", or --quantization fp4_scaled")
-
-
-def _host_note(needs: Needs, memory: MemoryPlan, hardware: Hardware) -> str:
-    return (
-        f"this will not fit: it takes {memory.host_peak / GIB:.1f} GiB of host memory, and "
-        f"{memory.host_room / GIB:.1f} GiB are free; {_host_advice(needs, hardware)}"
-    )
 
 
 def _host_advice(needs: Needs, hardware: Hardware) -> str:

@@ -174,6 +174,7 @@ ZH_SENTENCES: Mapping[str, str] = {
     "{} blocks are swapped, more than the preset's {}: {} needs it for this size and length": "交换 {} 个块，多于预设的 {} 个：{} 在这个尺寸和长度下需要这样",
     "this will not fit: {}; {}": "放不下：{}；{}",
     "block_swap={} changes nothing on a CPU: every weight is in its memory": "block_swap={} 在 CPU 上不起作用：所有权重都在它的内存里",
+    "this will not fit: it takes {} GiB of memory, and this machine has {}; {}": "放不下：需要 {} GiB 内存，而本机只有 {}；{}",
     "this will not fit: it takes {} GiB of host memory, and {} GiB are free; {}": "放不下：需要 {} GiB 内存，而空闲 {} GiB；{}",
     "quantize the model once with sagewan quantize: the file it makes needs less": "请先用 sagewan quantize 量化一次模型：它生成的文件需要的内存更少",
     "choose a smaller model": "请选择更小的模型",

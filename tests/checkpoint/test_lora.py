@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sagewan.checkpoint.find import find_model
 from sagewan.checkpoint.lora import find_loras, load_lora
@@ -135,3 +135,27 @@ def test_the_schedule_is_in_its_notes(
         write(path, changes, **{"sagewan.sampling": wrong})
         with pytest.raises(CheckpointError, match=r"sagewan.sampling|scheduler is none of"):
             find_loras((Lora(path=path),), model)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_numbers_that_are_none_are_refused_by_name(
+    part: int, model: Model, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    name = next(iter(changes))
+    spoilt = {key: tuple(x.clone() for x in pair) for key, pair in changes.items()}
+    spoilt[name][part][1, 2] = (torch.nan, torch.inf)[part]
+    (file,) = find_loras((Lora(path=write(tmp_path / "a.safetensors", spoilt)),), model)
+    with pytest.raises(CheckpointError, match=rf"{name}.lora_[AB].weight holds NaN or infinite"):
+        load_lora(file)
+
+
+def test_a_part_that_stands_twice_is_refused(
+    model: Model, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.safetensors", changes)
+    tensors = load_file(path)
+    name = next(iter(changes))
+    tensors[f"diffusion_model.{name}.lora_down.weight"] = torch.zeros_like(changes[name][0])
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"are the same part of {name}"):
+        find_loras((Lora(path=path),), model)

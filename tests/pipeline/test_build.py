@@ -320,3 +320,30 @@ def test_another_lora_does_not_load_the_model_again(
     assert again.equal(first)
     assert not any(x.equal(plain) for x in (first, second, both))
     session.close()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_lora_that_can_not_be_put_on_leaves_nothing_on(
+    before: bool, shrunken_folder: Folder, tmp_path: Path
+) -> None:
+    model = find_model(str(shrunken_folder("wan2.1-t2v-1.3b")))
+    with components(model.location or Path()).transformers[0].on("cpu") as module:
+        changes = pairs(module, size=0.5)
+    good, spoilt = (write(tmp_path / f"{x}.safetensors", changes) for x in ("good", "spoilt"))
+    first, second = (find_loras((Lora(path=x),), model)[0] for x in (good, spoilt))
+    tensors = load_file(spoilt)
+    save_file({name: x * torch.nan for name, x in tensors.items()}, spoilt)
+
+    with Session() as session:
+
+        def output(*loras: LoraFile) -> torch.Tensor:
+            (part,) = build(plain_plan(model, loras=loras), Launcher(), session).transformers
+            with part.on("cpu") as module, torch.inference_mode():
+                found: torch.Tensor = module.blocks[0].ffn(torch.ones(1, 3, 256))
+                return found
+
+        worn = (first,) if before else ()
+        expected = output(*worn)
+        with pytest.raises(CheckpointError, match="NaN or infinite"):
+            output(first, second)
+        assert output(*worn).equal(expected)

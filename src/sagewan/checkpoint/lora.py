@@ -172,8 +172,13 @@ def _changes(found: Mapping[str, Stored], path: Path) -> tuple[dict[str, _Change
         part, layer = _part_and_layer(name)
         if layer is None:
             unknown.append(name)
-        else:
-            changes.setdefault(layer, _Change()).parts[part] = name
+            continue
+        twice = changes.setdefault(layer, _Change()).parts.setdefault(part, name)
+        if twice != name:
+            raise CheckpointError(
+                f"lora={path}: {twice} and {name} are the same part of {layer}; choose a file that "
+                "has it once"
+            )
     if not changes and not any(".lora" in name or ".diff" in name for name in unknown):
         raise CheckpointError(f"{path} holds no LoRA: none of its tensors is named as one's are")
     return changes, unknown
@@ -287,7 +292,8 @@ def _metadata(file: TensorFile) -> dict[str, Any]:
 
 
 def load_lora(file: LoraFile) -> dict[str, LoraLayer]:
-    """The layers that a file changes, by name, with strength and alpha multiplied in."""
+    """The layers that a file changes, by name, with strength and alpha multiplied in. Raises
+    CheckpointError for numbers that are not finite."""
     opened = open_file(file.lora.path)
     changes, _ = _changes(opened.tensors, file.lora.path)
     metadata = _metadata(opened)
@@ -301,6 +307,12 @@ def _read(
     opened: TensorFile, parts: Mapping[str, str], strength: float, peft_alpha: float | None
 ) -> LoraLayer:
     tensors = {part: opened.tensors[name].tensor().float() for part, name in parts.items()}
+    for part, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"lora={opened.path}: {parts[part]} holds NaN or infinite values: the file is "
+                "damaged; fetch it again"
+            )
     for part in ("b", "diff", "diff_b"):
         if part in tensors:
             tensors[part] = tensors[part] * strength

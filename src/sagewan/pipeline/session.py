@@ -152,8 +152,13 @@ class Part:
         if self._placement:
             self._placement.detach()
             self._placement = None
-        self._adapters = self._adapters or Adapters(self._module)
-        self._adapters.put(map(load_lora, self.loras))
+        try:
+            self._adapters = self._adapters or Adapters(self._module)
+            self._adapters.put(map(load_lora, self.loras))
+        except BaseException:
+            # Some of them may be on, and none of those before: the next run loads it anew.
+            self.close()
+            raise
         self._worn = self.loras
 
 

@@ -55,6 +55,15 @@ def test_the_alpha_of_peft_is_in_the_files_notes(
     assert all(torch.allclose(loaded[name].b, 2 * b) for name, (_, b) in changes.items())
 
 
+def test_a_rank_stabilised_one_is_divided_by_the_root_of_the_rank(
+    model: Model, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_rslora": True}
+    path = write(tmp_path / "a.safetensors", changes, lora_adapter_metadata=settings)
+    loaded = load_lora(*find_loras((Lora(path=path),), model))
+    assert all(torch.allclose(loaded[name].b, 4 * b) for name, (_, b) in changes.items())
+
+
 def test_whole_differences_and_biases_are_read(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensors = {

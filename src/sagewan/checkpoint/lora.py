@@ -4,9 +4,11 @@ Read are the key styles of peft and diffusers (``transformer.blocks.0.attn1.to_q
 of ComfyUI's programs and LightX2V (``diffusion_model.blocks.0.self_attn.q.lora_down.weight``, with
 ``.diff`` and ``.diff_b``), and of kohya and musubi (``lora_unet_blocks_0_self_attn_q…``, with
 ``.alpha``). A LoRA adds strength · alpha / rank · B·(A·x) to a layer; without an alpha, B·(A·x).
+peft's rank-stabilised ones divide by the root of the rank.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -298,13 +300,13 @@ def load_lora(file: LoraFile) -> dict[str, LoraLayer]:
     changes, _ = _changes(opened.tensors, file.lora.path)
     metadata = _metadata(opened)
     return {
-        name: _read(opened, changes[name].parts, file.lora.strength, _peft_alpha(metadata, name))
+        name: _read(opened, changes[name].parts, file.lora.strength, _peft_settings(metadata, name))
         for name in file.layers
     }
 
 
 def _read(
-    opened: TensorFile, parts: Mapping[str, str], strength: float, peft_alpha: float | None
+    opened: TensorFile, parts: Mapping[str, str], strength: float, peft: tuple[float | None, bool]
 ) -> LoraLayer:
     tensors = {part: opened.tensors[name].tensor().float() for part, name in parts.items()}
     for part, tensor in tensors.items():
@@ -318,18 +320,21 @@ def _read(
             tensors[part] = tensors[part] * strength
     if "b" in tensors:
         rank = tensors["a"].shape[0]
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else peft_alpha
-        tensors["b"] = tensors["b"] * (1.0 if alpha is None else alpha / rank)
+        alpha, by_root = (float(tensors["alpha"]), False) if "alpha" in tensors else peft
+        divisor = math.sqrt(rank) if by_root else rank
+        tensors["b"] = tensors["b"] * (1.0 if alpha is None else alpha / divisor)
     return LoraLayer(**{part: x for part, x in tensors.items() if part != "alpha"})
 
 
-def _peft_alpha(metadata: Mapping[str, Any], layer: str) -> float | None:
-    """peft's alpha for a layer, from the settings that diffusers keeps in the file."""
+def _peft_settings(metadata: Mapping[str, Any], layer: str) -> tuple[float | None, bool]:
+    """peft's alpha for a layer, from the settings that diffusers keeps in the file, and whether it
+    is divided by the root of the rank (rank-stabilised LoRA)."""
     settings = metadata.get("lora_adapter_metadata")
     if not isinstance(settings, Mapping):
-        return None
+        return None, False
     plain = {key.removeprefix("transformer."): value for key, value in settings.items()}
     pattern = plain.get("alpha_pattern")
     own = pattern.get(layer) if isinstance(pattern, Mapping) else None
     alpha = plain.get("lora_alpha") if own is None else own
-    return float(alpha) if isinstance(alpha, int | float) else None
+    by_root = bool(plain.get("use_rslora"))
+    return float(alpha) if isinstance(alpha, int | float) else None, by_root

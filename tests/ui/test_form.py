@@ -205,6 +205,20 @@ def test_a_model_is_named_by_the_server_not_by_a_path(
             request_of({"prompt": "x", "model": path})
 
 
+def test_a_lora_may_be_for_one_expert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SAGEWAN_MODELS", str(tmp_path))
+    file = tmp_path / "loras" / "a.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    chosen = ["high=a.safetensors", "low=a.safetensors", "a.safetensors"]
+    request = request_of({"prompt": "x", "lora": chosen, "lora.strength": "1, 0.5"})
+    assert [str(one) for one in request.lora] == [f"high={file}:1", f"low={file}:0.5", f"{file}:1"]
+    assert values_of(request)["lora"] == chosen
+    assert request_of(values_of(request)).lora == request.lora
+    with pytest.raises(RequestError, match=r"lora=low=b\.safetensors is not in the folder"):
+        request_of({"prompt": "x", "lora": ["low=b.safetensors"]})
+
+
 def test_parts_belong_to_fields() -> None:
     assert set(PARTS) <= {field.name for field in fields(Request)}
     assert owner_of({"x-sagewan-owner": "me"}) == "me"

@@ -84,6 +84,7 @@ def test_every_key_that_is_used_is_there_and_every_key_is_used() -> None:
         "compare.head.",
         "time.",
         "list.",
+        "choice.",
     )
     unused = {key for key in TABLES["en"] if key not in used and not key.startswith(families)}
     assert unused == set()

@@ -16,7 +16,7 @@ from sagewan.plan.lora import Lora
 from sagewan.plan.parse import parsed
 from sagewan.plan.request import Ends, Request, unknown_choice
 from sagewan.plan.serialize import field_types
-from sagewan.ui.found import lora_paths, model_choices
+from sagewan.ui.found import lora_choices, lora_name, model_choices
 from sagewan.ui.uploads import kept_picture
 
 PARTS: Mapping[str, tuple[str, ...]] = {"attention_ends": ("first", "last"), "lora": ("strength",)}
@@ -84,18 +84,18 @@ def _count(values: Values, part: str) -> str:
 
 
 def _loras(chosen: list[str], strengths: str) -> tuple[Lora, ...]:
-    paths = lora_paths()
-    if absent := next((name for name in chosen if name not in paths), None):
+    choices = lora_choices()
+    if absent := next((name for name in chosen if name not in choices), None):
         raise RequestError(f"lora={absent} is not in the folder loras: choose another")
-    known = [paths[name] for name in chosen]
     listed = [text for text in strengths.replace(",", " ").split() if text]
-    if len(listed) > len(known):
+    if len(listed) > len(chosen):
         raise RequestError(
-            f"lora has {len(listed)} strengths for {len(known)} files: write one each"
+            f"lora has {len(listed)} strengths for {len(chosen)} files: write one each"
         )
-    texts = [*listed, *["1"] * (len(known) - len(listed))]
+    texts = [*listed, *["1"] * (len(chosen) - len(listed))]
     return tuple(
-        replace(Lora.parse(f"x:{text}"), path=path) for path, text in zip(known, texts, strict=True)
+        replace(choices[name], strength=Lora.parse(f"x:{text}").strength)
+        for name, text in zip(chosen, texts, strict=True)
     )
 
 
@@ -110,9 +110,8 @@ def values_of(request: Request) -> dict[str, Any]:
     values["attention_ends"] = ends.mode if ends else ""
     values["attention_ends.first"] = str(ends.first) if ends else ""
     values["attention_ends.last"] = str(ends.last) if ends else ""
-    known = {path: name for name, path in lora_paths().items()}
     # One that is not here keeps its name, and is refused beside its field.
-    values["lora"] = [known.get(lora.path, lora.path.name) for lora in request.lora]
+    values["lora"] = [lora_name(lora) for lora in request.lora]
     values["lora.strength"] = ", ".join(f"{lora.strength:g}" for lora in request.lora)
     return values
 

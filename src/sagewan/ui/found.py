@@ -8,6 +8,7 @@ from sagewan.checkpoint.find import find_model
 from sagewan.checkpoint.inspection import inspect
 from sagewan.checkpoint.places import LORAS, models_folder
 from sagewan.errors import CheckpointError
+from sagewan.plan.lora import EXPERTS, Lora
 from sagewan.plan.models import DEMO, PUBLISHED
 
 _FILES = (".safetensors", ".gguf")
@@ -45,13 +46,20 @@ def _inspected(location: Path, _: int) -> tuple[str, tuple[str, ...]]:
     return found.summary(), tuple(found.problems)
 
 
-def lora_paths() -> Mapping[str, Path]:
-    """The LoRA files in the models folder's ``loras``, by name."""
+def lora_choices() -> Mapping[str, Lora]:
+    """The LoRA files in the models folder's ``loras``, each by its name for all of a model, and as
+    ``high=NAME`` and ``low=NAME`` for one expert."""
+    files = [one for one in _entries(models_folder() / LORAS) if one.suffix == ".safetensors"]
     return {
-        path.name: path
-        for path in _entries(models_folder() / LORAS)
-        if path.suffix == ".safetensors"
+        lora_name(lora): lora
+        for path in files
+        for lora in (Lora(path=path, expert=expert) for expert in (None, *EXPERTS))
     }
+
+
+def lora_name(lora: Lora) -> str:
+    """What a LoRA is called on the page, whatever its strength."""
+    return f"{lora.expert}={lora.path.name}" if lora.expert else lora.path.name
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -6,10 +6,11 @@ from typing import Any
 import gradio as gr
 
 from sagewan.pipeline.probe import probe
+from sagewan.plan.lora import Lora
 from sagewan.plan.models import Sampling
 from sagewan.plan.modes import AUTO, MODES, PRESETS
 from sagewan.plan.request import QUANTIZATIONS, SCHEDULERS
-from sagewan.ui.found import lora_paths, model_choices
+from sagewan.ui.found import lora_choices, model_choices
 from sagewan.ui.planned import preset_here
 from sagewan.ui.words import Words
 
@@ -96,17 +97,20 @@ def _preset(words: Words, common: dict[str, Any]) -> Any:
     return gr.Radio(choices, value="", **common)
 
 
-def _lora_files() -> Choices:
-    return [(name, name) for name in lora_paths()]
+def _lora_files(words: Words) -> Choices:
+    def label(name: str, lora: Lora) -> str:
+        return words(f"choice.{lora.expert}", name=lora.path.name) if lora.expert else name
+
+    return [(label(name, lora), name) for name, lora in lora_choices().items()]
 
 
-def _loras(_: Words, common: dict[str, Any]) -> Any:
-    return gr.Dropdown(_lora_files(), multiselect=True, allow_custom_value=True, **common)
+def _loras(words: Words, common: dict[str, Any]) -> Any:
+    return gr.Dropdown(_lora_files(words), multiselect=True, allow_custom_value=True, **common)
 
 
 def choices_now(words: Words) -> Mapping[str, Choices]:
     """The lists that follow the files of this machine, by widget, as they are now."""
-    return {"model": _models(words), "lora": _lora_files()}
+    return {"model": _models(words), "lora": _lora_files(words)}
 
 
 def _plain(names: tuple[str, ...]) -> Callable[[Words], Choices]:

@@ -49,8 +49,19 @@ def _switch(on: bool = False) -> Callable[[Words, dict[str, Any]], Any]:
     return lambda _, common: gr.Checkbox(value=on, **common)
 
 
+class _Picture(gr.Image):
+    """gradio's, but for that the file is not opened before a handler has it: what is no picture is
+    refused beside its field."""
+
+    # So that the page shows the widget of the class above.
+    is_template = True
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload and payload.path
+
+
 def _picture(_: Words, common: dict[str, Any]) -> Any:
-    return gr.Image(
+    return _Picture(
         type="filepath", sources=["upload", "clipboard"], height=180, buttons=[], **common
     )
 

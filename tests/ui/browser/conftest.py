@@ -62,7 +62,7 @@ class Server:
             self.process.stdout.close()
 
 
-def started(data: Path) -> Server:
+def started(data: Path, *flags: str, login: tuple[str, ...] | None = None) -> Server:
     """Start a server with folders of its own; it has answered once."""
     environment = {
         **os.environ,
@@ -72,7 +72,7 @@ def started(data: Path) -> Server:
         "OMP_NUM_THREADS": "1",
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "sagewan", "ui", "--no-browser"],
+        [sys.executable, "-m", "sagewan", "ui", "--no-browser", *flags],
         stdout=subprocess.PIPE,
         text=True,
         env=environment,
@@ -81,7 +81,8 @@ def started(data: Path) -> Server:
     line = process.stdout.readline()
     url = next(word for word in line.split() if word.startswith("http"))
     times = psutil.Process(process.pid).cpu_times()
-    assert httpx.get(url + "en/").status_code == 200
+    auth = httpx.BasicAuth(*login) if login else None
+    assert httpx.get(url + "en/", auth=auth).status_code == 200
     return Server(process, url, data, times.user + times.system)
 
 

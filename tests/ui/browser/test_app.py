@@ -1,5 +1,6 @@
 """The app as people use it, in a real browser, on the demo model."""
 
+import contextlib
 import io
 import json
 import re
@@ -20,6 +21,7 @@ from tests.ui.browser.conftest import (
     choose,
     patiently,
     started,
+    sync_api,
     tab,
     write,
 )
@@ -174,13 +176,19 @@ def test_a_picture_that_is_none_is_refused_and_a_real_one_starts_a_video(
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture at all")
     page.set_input_files("#field-image input[type=file]", bad)
-    page.wait_for_timeout(800)
-    good = tmp_path / "good.png"
-    Image.new("RGB", (100, 80), "navy").save(good)
+    page.wait_for_selector("#field-image .sw-field-error >> text=image=bad.png is not a picture")
+    page.click("#sw-go")
+    page.wait_for_selector("#sw-summary >> text=is not a picture")
+    assert page.locator("#sw-live .sw-empty-art").count() == 1
     page.reload()
-    page.wait_for_selector("#sw-brief .sw-chip", state="attached")
+    # Its field is folded away again, so that the line under the button says it.
+    page.wait_for_selector("#sw-summary >> text=is not a picture")
     assert page.input_value("#field-prompt textarea") == "a red ball grows"
     page.click("text=Start from a picture")
+    page.click("#field-image button[aria-label='Remove Image']")
+    page.wait_for_selector(".sw-field-error", state="detached")
+    good = tmp_path / "good.png"
+    Image.new("RGB", (100, 80), "navy").save(good)
     page.set_input_files("#field-image input[type=file]", good)
     page.wait_for_selector("#field-image img")
     page.click("#sw-go")
@@ -349,6 +357,30 @@ def test_axe_finds_nothing(visit: Open, scheme: str) -> None:
         page.wait_for_timeout(400)
         found = axe.run(page).response["violations"]
         assert [(one["id"], one["nodes"][0]["html"][:150]) for one in found] == [], name
+
+
+def test_the_password_is_asked_for_and_then_everything_works(
+    browser: Any, visit: Open, tmp_path: Path
+) -> None:
+    login = {"username": "me", "password": "pass:wörd"}
+    running = started(tmp_path, "--auth", ":".join(login.values()), login=tuple(login.values()))
+    try:
+        for wrong in (None, {**login, "password": "word"}):
+            stranger = browser.new_context(http_credentials=wrong)
+            for path in ("", "en/", "en/config", "fragment/en/library", "video/1"):
+                assert stranger.request.get(running.url + path).status == 401, path
+            page = stranger.new_page()
+            with contextlib.suppress(sync_api.Error):  # The browser's own, for a wrong password.
+                page.goto(running.url)
+            assert page.locator("#field-prompt").count() == 0
+            stranger.close()
+        page = visit(running.url, http_credentials=login)
+        ask(page, "a red ball", steps=1)
+        page.click("#sw-go")
+        page.wait_for_selector("#sw-live video")
+        page.wait_for_function("document.querySelector('#sw-live video').readyState >= 2")
+    finally:
+        running.stop()
 
 
 def test_the_diagnosis_is_shown_and_copied(visit: Open) -> None:

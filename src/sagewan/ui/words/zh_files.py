@@ -146,6 +146,8 @@ ZH_FILES: Mapping[str, str] = {
     "{}: by its settings pictures become {}, and the image encoder takes {} of finite numbers: fetch it again": "{}：按它的设置图片变成 {}，而图片编码器需要有限数组成的 {}：请重新下载",
     "{}: {} is {}, and its layers make {}: fetch its config again": "{}：{} 是 {}，而它的各层得到 {}：请重新下载它的配置",
     # LoRA.
+    "lora={}: {} and {} are the same part of {}; choose a file that has it once": "lora={}：{} 和 {} 是 {} 的同一部分；请选择只含一份的文件",
+    "lora={}: {} holds NaN or infinite values: the file is damaged; fetch it again": "lora={}：{} 含有 NaN 或无穷大：文件已损坏；请重新下载",
     "lora={}: give a LoRA's .safetensors file": "lora={}：请选择 LoRA 的 .safetensors 文件",
     "lora={}: none of its {} layers fits {}{}; choose one made for this model": "lora={}：它的 {} 层没有一层适合 {}{}；请选择为这个模型制作的 LoRA",
     "{} ({} is {} there, and {} in the model)": "{}（{} 在其中是 {}，在模型中是 {}）",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
@@ -27,7 +28,8 @@ def client(own_folders: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestC
 
     monkeypatch.setattr(server, "LANGUAGES", ("en", "zh"))
     monkeypatch.setattr(server.gr, "mount_gradio_app", lambda app, *_, **__: app)
-    monkeypatch.setattr(server, "build_page", lambda language: None)
+    monkeypatch.setattr(server, "build_page", lambda language: SimpleNamespace())
+    monkeypatch.setattr(server, "gradio_server", lambda app: None)
     app = server.make_app(server.Site())
     with TestClient(app, base_url="http://localhost", follow_redirects=False) as opened:
         yield opened

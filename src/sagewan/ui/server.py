@@ -20,6 +20,7 @@ from sagewan.ui.boards import BOARDS
 from sagewan.ui.door import Door, owner_of
 from sagewan.ui.downloads import DOWNLOADS
 from sagewan.ui.page import build_page, static
+from sagewan.ui.quick_gradio import gradio_server, without_servers
 from sagewan.ui.uploads import MAX_BYTES
 from sagewan.ui.words import LANGUAGES, Words, language_of
 
@@ -56,9 +57,11 @@ def make_app(site: Site) -> FastAPI:
         font_mono=["ui-monospace", "Cascadia Mono", "Menlo", "monospace"],
     )
     for language in LANGUAGES:
+        with without_servers():
+            page = build_page(language)
         gr.mount_gradio_app(
             app,
-            build_page(language),
+            page,
             path=f"/{language}",
             footer_links=[],
             run_history=False,
@@ -69,6 +72,7 @@ def make_app(site: Site) -> FastAPI:
             ssr_mode=False,
             pwa=False,
         )
+        page.app = gradio_server(app)
     app.add_middleware(Door, login=site.login, loopback=site.loopback)
     return app
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from sagewan.plan.objection import SENTENCES
 from sagewan.ui.words.en import EN
-from sagewan.ui.words.messages import filled, pattern
+from sagewan.ui.words.messages import filled, fits, pattern
 from sagewan.ui.words.zh import ZH
 from sagewan.ui.words.zh_sentences import ZH_SENTENCES
 
@@ -83,7 +83,7 @@ def _translated(language: str, text: str) -> str:
     table = _TRANSLATIONS[language]
     if text in table or not table:
         return table.get(text, text)
-    fitting = [template for template in table if pattern(template).fullmatch(text)]
+    fitting = [template for template in table if fits(template, text)]
     if not fitting and "; " in text:
         parts = [_translated(language, part) for part in text.split("; ")]
         return TABLES[language]["list.joint"].join(parts)

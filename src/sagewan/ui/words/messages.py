@@ -104,6 +104,15 @@ def _template(node: ast.expr) -> str | None:
     return text if " " in text else None
 
 
+def fits(template: str, text: str) -> bool:
+    """Whether a sentence may be made from a template. Most are ruled out without a pattern, whose
+    making takes longer than all the rest of a translation."""
+    own = template.split(_HOLE)
+    if not (text.startswith(own[0]) and text.endswith(own[-1]) and all(p in text for p in own)):
+        return False
+    return pattern(template).fullmatch(text) is not None
+
+
 @cache
 def pattern(template: str) -> re.Pattern[str]:
     """What recognises a sentence made from a template, with a group for each value."""

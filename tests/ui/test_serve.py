@@ -112,6 +112,19 @@ def test_a_worker_that_was_just_being_started_ends_too(
     assert time.monotonic() - began < 10
 
 
+def test_a_worker_lets_the_page_open_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def popen(*_: object, **__: object) -> object:
+        raise AssertionError("started before its delay was over")
+
+    monkeypatch.setattr(serve.subprocess, "Popen", popen)
+    worker = Worker(tmp_path / "worker.log", delay=60.0)
+    worker.start()
+    began = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - began < 10
+    assert not worker._thread.is_alive()
+
+
 def test_no_handler_is_long_and_no_file_either() -> None:
     for path in UI.rglob("*.py"):
         text = path.read_text(encoding="utf-8")

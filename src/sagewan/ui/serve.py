@@ -53,6 +53,10 @@ def free_address(host: str, port: int | None, *, first: int = 7860) -> Address:
     raise RequestError(f"{wanted} taken on {host}: choose another with --port")
 
 
+# The page has the processor to itself while it opens; nobody has written a prompt sooner.
+_PAGE_FIRST = 3.0
+
+
 class Worker:
     """``sagewan queue work`` in a process of its own, started again if it dies.
 
@@ -60,8 +64,10 @@ class Worker:
     sees the pipe's end and stops as well.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, delay: float = 0.0) -> None:
+        """``delay`` seconds go by before it starts for the first time."""
         self._log = log
+        self._delay = delay
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._keep, name="worker", daemon=True)
@@ -82,6 +88,8 @@ class Worker:
         self._thread.join(_GRACE)
 
     def _keep(self) -> None:
+        if self._stopping.wait(self._delay):
+            return
         deaths = 0
         while not self._stopping.wait(_PAUSES[min(deaths, len(_PAUSES) - 1)]):
             began = time.monotonic()
@@ -127,7 +135,7 @@ def serve(address: Address, app_of: Callable[[], object], ready: Callable[[], No
         # Pages hold connections open to hear of events; they need not be waited for.
         timeout_graceful_shutdown=1,
     )
-    worker = Worker(default_path().parent / "worker.log")
+    worker = Worker(default_path().parent / "worker.log", delay=_PAGE_FIRST)
     server = Server(config)
     worker.start()
     # uvicorn ends in order and then raises the signal again, which must not skip the worker's end.

@@ -11,6 +11,7 @@ import gradio as gr
 from sagewan import __version__
 from sagewan.pipeline.probe import probe
 from sagewan.plan.hardware import GIB
+from sagewan.plan.models import DEMO
 from sagewan.plan.modes import AUTO, MODES
 from sagewan.plan.serialize import field_types
 from sagewan.ui.handlers import SLOTS, Handlers
@@ -232,13 +233,7 @@ class _Page:
             return updates
 
         def opened(request: gr.Request) -> dict[Any, Any]:
-            values = handlers.opened(request)
-            lists = choices_now(self.words)
-            updates = {
-                name: gr.update(choices=found, **{"value": values[name]} if name in values else {})
-                for name, found in lists.items()
-            }
-            return self._placed({**values, **updates}, keep=True)
+            return self._placed({"lora": [], "model": DEMO, **handlers.opened(request)}, keep=True)
 
         page.load(opened, None, list(every), **_EVENT).then(changed, every, shown, **_EVENT)
         gr.on(
@@ -301,5 +296,10 @@ class _Page:
     def _placed(self, values: Mapping[str, Any], *, keep: bool = False) -> dict[Any, Any]:
         """Values by name → by widget. With ``keep`` there is always one, as gradio wants it."""
         made = self.widgets.made
-        placed = {made[name]: value for name, value in values.items() if name in made}
+        lists = choices_now(self.words, values) if "lora" in values else {}
+        placed = {
+            made[name]: gr.update(choices=lists[name], value=value) if name in lists else value
+            for name, value in values.items()
+            if name in made
+        }
         return placed or ({made["prompt"]: gr.skip()} if keep else {})

@@ -116,12 +116,17 @@ def _lora_files(words: Words) -> Choices:
 
 
 def _loras(words: Words, common: dict[str, Any]) -> Any:
-    return gr.Dropdown(_lora_files(words), multiselect=True, allow_custom_value=True, **common)
+    return gr.Dropdown(_lora_files(words), multiselect=True, **common)
 
 
-def choices_now(words: Words) -> Mapping[str, Choices]:
-    """The lists that follow the files of this machine, by widget, as they are now."""
-    return {"model": _models(words), "lora": _lora_files(words)}
+def choices_now(words: Words, values: Mapping[str, Any]) -> Mapping[str, Choices]:
+    """The lists that follow the files of this machine, by widget, as they are now. A LoRA file that
+    is gone stays in its list while it is chosen: it is refused beside the field, which gradio would
+    not let happen; and a list of several that takes any text empties the form when it is loaded."""
+    files = _lora_files(words)
+    here = {name for _, name in files}
+    gone = [(name, name) for name in values.get("lora") or [] if name not in here]
+    return {"model": _models(words), "lora": [*files, *gone]}
 
 
 def _plain(names: tuple[str, ...]) -> Callable[[Words], Choices]:

@@ -23,7 +23,7 @@ COMMANDS = {
     "doctor": "say what this machine can run, and try it",
     "queue": "show and change the videos that wait, or make them",
     "quantize": "write a model's transformer as FP8 or FP4 files",
-    "bench": "measure attention here, ours and others', on the same inputs",
+    "bench": "measure attention or a whole step here, ours and others', on the same inputs",
     "jobs": "list, show and cancel runs",
 }
 

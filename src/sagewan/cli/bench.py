@@ -1,83 +1,39 @@
-"""``sagewan bench attention``: ours and others' on the same inputs, checked and then timed."""
+"""``sagewan bench``: what is measured, and what its figures depend on."""
 
 import argparse
 import datetime
-import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sagewan.cli.streams import say
-from sagewan.errors import RequestError
-from sagewan.plan.modes import MODES
 from sagewan.plan.request import unknown_choice
 
 if TYPE_CHECKING:
-    from sagewan.attention.bench import Measured
     from sagewan.plan.hardware import Device, Hardware
 
-_WRONG = 4
-_COLUMNS = ("", "family", "shape", "error", "ms", "TFLOPS", "× torch", "% of peak", "extra MiB")
+WHAT = {
+    "attention": "attention, ours and others', on the same inputs",
+    "step": "a whole denoising step, ours and diffusers', on the same inputs",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``sagewan bench``."""
-    parser.add_argument("what", choices=("attention",), help="what to measure")
-    parser.add_argument(
-        "--modes",
-        default=",".join(MODES),
-        metavar="MODE,…",
-        help="the modes to measure, beside torch's default; all if left out",
-    )
-    parser.add_argument(
-        "--shapes",
-        metavar="BxHxN,…",
-        help="batch, heads and tokens, such as 1x40x32760; Wan's if left out",
-    )
-    parser.add_argument("--families", default="bias,local", metavar="NAME,…", help="bias, local")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N"
-    )
-    parser.add_argument("--emulate", action="store_true", help="emulated modes too, slow as it is")
+    """What to measure, and the flags of each."""
+    commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, summary in WHAT.items():
+        module = importlib.import_module(f"sagewan.cli.bench_{name}")
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        module.add_arguments(command)
+        command.set_defaults(measure=module.run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 0, or 4 where one of our own was not right."""
-    modes = _chosen(arguments.modes, "modes", tuple(MODES))
-    families = _chosen(arguments.families, "families", ("bias", "local"))
-    shapes = _shapes(arguments.shapes)
-    from sagewan.attention import bench
-    from sagewan.pipeline.files import check_file, written_whole
-    from sagewan.pipeline.probe import probe
-
-    if arguments.json:
-        check_file("json", arguments.json)
-    hardware = probe()
-    device = hardware.device(arguments.device)
-    if shapes is None:
-        shapes = bench.SHAPES if device.is_cuda else bench.SHAPES_ON_CPU
-    chosen, refused = bench.contestants(device, hardware, modes, emulate=arguments.emulate)
-    for name, why in refused.items():
-        say(f"{name} is left out: {why}")
-    print(_line(_COLUMNS))
-    found = []
-    for shape in shapes:
-        for family in families:
-            for one in bench.measure(chosen, family, shape, device):
-                found.append(one)
-                print(_line(_cells(one)), flush=True)
-    if arguments.json:
-        report = {**_about(device, hardware), "left_out": refused, "results": [*map(asdict, found)]}
-        with written_whole(arguments.json) as partial:
-            partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    ours = [one for one in found if one.wrong and one.name.startswith("sagewan.")]
-    return _WRONG if ours else 0
+    return int(arguments.measure(arguments))
 
 
-def _chosen(text: str, flag: str, known: Sequence[str]) -> tuple[str, ...]:
+def chosen_of(text: str, flag: str, known: Sequence[str]) -> tuple[str, ...]:
+    """``a,b`` → the names; RequestError for one that is not known."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in known:
@@ -85,45 +41,7 @@ def _chosen(text: str, flag: str, known: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _shapes(text: str | None) -> tuple[tuple[int, int, int], ...] | None:
-    """``1x40x32760,2x24x8192`` → numbers; None if the flag was left out."""
-    if text is None:
-        return None
-    parts = [re.fullmatch(r"(\d+)x(\d+)x(\d+)", part.strip()) for part in text.split(",")]
-    numbers = [(int(x[1]), int(x[2]), int(x[3])) for x in parts if x]
-    if len(numbers) < len(parts) or not all(all(x) for x in numbers):
-        raise RequestError(f"shapes={text}: write BATCHxHEADSxTOKENS, such as 1x40x32760")
-    return tuple(numbers)
-
-
-def _cells(one: "Measured") -> tuple[str, ...]:
-    def shown(value: float | None, text: Callable[[float], str]) -> str:
-        return "–" if value is None else text(value)
-
-    cells = (
-        one.name,
-        one.family,
-        "x".join(map(str, one.shape)),
-        shown(one.error, lambda x: f"{x:.5f}"),
-        shown(one.milliseconds, lambda x: f"{x:.2f}"),
-        shown(one.tflops, lambda x: f"{x:.0f}"),
-        shown(one.ratio, lambda x: f"{x:.2f}"),
-        shown(one.of_peak, lambda x: f"{100 * x:.0f}"),
-        shown(one.extra_bytes, lambda x: f"{x / 2**20:.0f}"),
-    )
-    return (*cells[:3], f"not timed: {one.wrong}") if one.wrong else cells
-
-
-def _line(cells: Sequence[str]) -> str:
-    widths = (34, 7, 14, 9, 9, 7, 8, 10, 10)
-    first, *others = (
-        text.ljust(width) if place == 0 else text.rjust(width)
-        for place, (text, width) in enumerate(zip(cells, widths, strict=False))
-    )
-    return "".join((first, *others)).rstrip()
-
-
-def _about(device: "Device", hardware: "Hardware") -> dict[str, object]:
+def about(device: "Device", hardware: "Hardware") -> dict[str, object]:
     """What the figures depend on."""
     return {
         "device": device.name,

@@ -165,7 +165,7 @@ def _attend_some(
         "BLOCK_D": block_d,
     }
     grid = (len(blocks) * BLOCK // tile.block_m, batch * heads)
-    launch(_kernel, grid, out.device, arguments, tile)
+    launch(_fp4_attention_kernel, grid, out.device, arguments, tile)
 
 
 _sageattn_3_fp4 = operator("sageattn_3_fp4", prepare_sageattn_3_fp4, attend)
@@ -232,7 +232,7 @@ def _step(
 
 
 @triton.jit(do_not_specialize=(*VARYING, "first_block", "correction_blocks"))
-def _kernel(
+def _fp4_attention_kernel(
     q, q_scales, q_scale,  # [B·H, N', D'/2], [B·H, N', D'/16] uint8, [B·H, N'/128]
     q_dots,  # [B·H, N'] or None
     k, k_scales, k_scale,  # [B·Hk, M', D'/2], [B·Hk, M', D'/16] uint8, [B·Hk, M'/128]

@@ -137,7 +137,7 @@ def attend(
         "BLOCK_D": block_of(size),
     }
     grid = (triton.cdiv(count, tile.block_m), batch * heads)
-    launch(_kernel, grid, out.device, arguments, tile)
+    launch(_fp8_attention_kernel, grid, out.device, arguments, tile)
     return out if lse is None else (out, lse)
 
 
@@ -175,7 +175,7 @@ def _step(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _kernel(
+def _fp8_attention_kernel(
     q, q_scale, q_dots,  # [B·H, N', D'] int8, [B·H, N'], [B·H, N'] or None
     k, k_scale, k_bias,  # [B·Hk, M', D'] int8, [B·Hk, M'], [B·H, M']
     v, v_scale,  # [B·Hk, D', M'] float8_e4m3fn, [B·Hk, D']

@@ -38,12 +38,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     }
     # 32 values a thread: two blocks and more share a multiprocessor.
     schedule = Schedule(warps=max(1, min(16, block // 1024)))
-    launch(_kernel, (rows,), x.device, arguments, schedule)
+    launch(_quantize_rows_kernel, (rows,), x.device, arguments, schedule)
     return data, scale
 
 
 @triton.jit
-def _kernel(
+def _quantize_rows_kernel(
     x, stride,  # [M, K], K contiguous
     data,  # [M, K] float8_e4m3fn
     scale,  # [M] float32

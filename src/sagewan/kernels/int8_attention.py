@@ -200,7 +200,7 @@ def attend(
         "WHOLE_D": block_of(size) == size,
     }
     grid = (triton.cdiv(count, tile.block_m), batch * heads)
-    launch(_kernel, grid, out.device, arguments, tile)
+    launch(_int8_attention_kernel, grid, out.device, arguments, tile)
     return out if lse is None else (out, lse)
 
 
@@ -295,7 +295,7 @@ def _step(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def _kernel(
+def _int8_attention_kernel(
     q, q_scale, q_dots,  # [B·H, N', D'] int8, [B·H, N'], [B·H, N'] or None
     k, k_scale, k_bias,  # [B·Hk, M', D'] int8, [B·Hk, M'], [B·H, M'] or None
     v, v_b, v_h, v_n, v_d,  # [B, Hk, M, D]

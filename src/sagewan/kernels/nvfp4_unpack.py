@@ -69,7 +69,7 @@ def _unpacked(
         "BYTES": _BYTES,
     }
     grid = (triton.cdiv(columns // 2, _BYTES), triton.cdiv(rows, _ROWS))
-    launch(_kernel, grid, data.device, arguments, Schedule(warps=4))
+    launch(_unpack_kernel, grid, data.device, arguments, Schedule(warps=4))
     return out
 
 
@@ -98,7 +98,7 @@ def swizzled(row, block, scale_blocks):
 
 
 @triton.jit
-def _kernel(
+def _unpack_kernel(
     data,  # [N, K/2] uint8
     scale,  # [N'', blocks''] uint8, in the swizzle
     tensor_scale,  # [] float32, or None for e4m3

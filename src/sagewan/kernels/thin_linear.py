@@ -68,12 +68,18 @@ def _run(
         "N": _N,
         "K": _K,
     }
-    launch(_kernel, (triton.cdiv(outputs, _N),), x.device, arguments, Schedule(warps=4, stages=4))
+    launch(
+        _thin_linear_kernel,
+        (triton.cdiv(outputs, _N),),
+        x.device,
+        arguments,
+        Schedule(warps=4, stages=4),
+    )
     return out
 
 
 @triton.jit
-def _kernel(
+def _thin_linear_kernel(
     x,  # [M, K] 16 bit
     data,  # uint8 [N, K/2], or [N, K] of e4m3's bits
     scale,  # e4m3's bits in the swizzle, or [N] float32

@@ -1,0 +1,262 @@
+"""The transformers that are compared: one set of random weights, run by diffusers and by us."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sagewan.attention.launch import Launcher
+from sagewan.attention.peak import bits_of
+from sagewan.attention.resolve import ImplementationError, load
+from sagewan.bench.case import Case
+from sagewan.bench.floor import Arithmetic
+from sagewan.checkpoint.quantize import pack
+from sagewan.errors import UnsupportedError
+from sagewan.model.attention import Attention, Turn
+from sagewan.model.linear import Multiplier, QuantLinear
+from sagewan.model.transformer import install
+from sagewan.plan.attention import AttentionPlan, plan_attention
+from sagewan.plan.catalogue import Problem
+from sagewan.plan.evidence import Evidence
+from sagewan.plan.hardware import Device, Hardware
+from sagewan.plan.request import NO_QUANTIZATION, Request
+from sagewan.plan.weights import Situation, WeightsPlan, plan_weights
+
+BASELINE = "diffusers"
+FLASH = "diffusers, FA2"
+COMPILED = "diffusers, compiled"
+RIVALS = {"eager": BASELINE, "fa2": FLASH, "compiled": COMPILED}
+DTYPE = "bfloat16"
+# The most that a prediction may differ from diffusers' own: of the same arithmetic in another
+# order; and of what each quantization and each mode of attention adds, on these random weights.
+_SAME = 0.02
+_WEIGHTS = {NO_QUANTIZATION: 0.0, "fp8_scaled": 0.07, "fp4_scaled": 0.22}
+_ATTENTION = {"sageattn": 0.03, "sageattn_3": 0.03, "sageattn_3_fp8": 0.06, "sageattn_3_fp4": 0.2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One way to compute a step. ``weights`` is the quantization, ``products`` what multiplies what
+    in the feed-forward, ``attention`` the row's name; ``during`` the context of a pass; ``limit``
+    the most error against the baseline."""
+
+    name: str
+    model: Any
+    weights: str = NO_QUANTIZATION
+    products: str = "16 bit × 16 bit"
+    attention: str = "torch.sdpa"
+    during: Callable[[], AbstractContextManager[object]] = nullcontext
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+    limit: float = _SAME
+
+    def predict(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One pass: the prediction [1, C, F, H, W]."""
+        with torch.no_grad(), self.during():
+            prediction: Tensor = self.model(**inputs, return_dict=False)[0]
+        return prediction
+
+    def ends(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """As :meth:`predict`, of the transformer without its blocks."""
+        blocks, self.model.blocks = self.model.blocks, nn.ModuleList()
+        try:
+            return self.predict(inputs)
+        finally:
+            self.model.blocks = blocks
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block's weights."""
+        tensors = (*self.model.blocks[0].parameters(), *self.model.blocks[0].buffers())
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where and with what contestants meet."""
+
+    case: Case
+    device: Device
+    hardware: Hardware
+    emulate: bool = False
+
+
+def contestants(
+    setting: Setting, rivals: Sequence[str], quantizations: Sequence[str], modes: Sequence[str]
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Those that can run here, the baseline first, and why not the others."""
+    transformer = random_transformer(setting.case, setting.device)
+    chosen = [Contestant(name=BASELINE, model=transformer), *_of_diffusers(transformer, rivals)]
+    refused: dict[str, str] = {}
+    served = {}
+    for mode in modes:
+        try:
+            served[mode] = _attention_plan(setting, mode)
+        except UnsupportedError as error:
+            refused[mode] = str(error)
+    for quantization in quantizations:
+        weights = _weights_plan(setting, quantization)
+        stored = _quantised(transformer, weights)
+        for mode, plan in served.items():
+            chosen.append(_ours(stored, weights, mode, plan))
+    return chosen, refused
+
+
+def random_transformer(case: Case, device: Device) -> Any:
+    """diffusers' transformer of one block in a model's widths, with random weights that behave:
+    keys resemble queries and are biased by channel, as in Wan, so that attention has something to
+    find, and what the block adds outweighs what it is given."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    model = case.model
+    with torch.device(device.torch_name):
+        transformer = WanTransformer3DModel(
+            patch_size=model.patch,
+            num_attention_heads=model.heads,
+            attention_head_dim=model.head_dim,
+            in_channels=model.in_channels,
+            out_channels=model.latent_channels,
+            ffn_dim=model.ffn,
+            num_layers=1,
+        )
+    generator = torch.Generator(device.torch_name).manual_seed(0)
+    # diffusers keeps these in float32, whatever the dtype.
+    kept = transformer._keep_in_fp32_modules  # noqa: SLF001
+    for name, parameter in transformer.named_parameters():
+        parts = name.split(".")
+        value = torch.empty_like(parameter, dtype=torch.float32)
+        value.normal_(std=_deviation(name, parameter), generator=generator)
+        if parts[-1] == "weight" and parameter.ndim == 1:
+            value.add_(1.5 if parts[-2] in ("norm_q", "norm_k") else 1.0)
+        dtype = torch.float32 if any(part in kept for part in parts) else getattr(torch, DTYPE)
+        parameter.data = value.to(dtype)
+    attn = transformer.blocks[0].attn1
+    attn.to_k.weight.data.mul_(0.6).add_(0.8 * attn.to_q.weight.data)
+    return transformer.requires_grad_(requires_grad=False).eval()
+
+
+def _deviation(name: str, parameter: Tensor) -> float:
+    if name.endswith("scale_shift_table"):
+        return 0.5
+    if name.endswith("attn1.to_k.bias"):
+        return 1.5
+    if parameter.ndim == 1:
+        return 0.02
+    spread = float(parameter[0].numel() ** -0.5)
+    return 0.1 * spread if name.startswith("patch_embedding") else spread
+
+
+def random_inputs(case: Case, device: Device) -> dict[str, Tensor]:
+    """Noise [1, C, F, H, W] that neighbours share in part, a time, and a text [1, 512, 4096]."""
+    name = device.torch_name
+    generator = torch.Generator(name).manual_seed(1)
+    frames, rows, columns = case.latents
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=name)
+
+    channels = case.model.in_channels
+    places = normal(1, channels, frames, -(-rows // 8), -(-columns // 8))
+    shared = places.repeat_interleave(8, 3).repeat_interleave(8, 4)[..., :rows, :columns]
+    noise = shared + 0.5 * normal(1, channels, frames, rows, columns)
+    dtype = getattr(torch, DTYPE)
+    return {
+        "hidden_states": noise.to(dtype),
+        "timestep": torch.full((1,), 500.0, device=name),
+        "encoder_hidden_states": normal(1, 512, 4096).to(dtype),
+    }
+
+
+def _of_diffusers(transformer: Any, rivals: Sequence[str]) -> Iterator[Contestant]:
+    if "fa2" in rivals:
+        flash = partial(sdpa_kernel, [SDPBackend.FLASH_ATTENTION])
+        yield Contestant(name=FLASH, model=shared_copy(transformer), attention="FA2", during=flash)
+    if "compiled" in rivals:
+        compiled = shared_copy(transformer)
+        compiled.compile_repeated_blocks(fullgraph=True)
+        yield Contestant(name=COMPILED, model=compiled)
+
+
+def shared_copy(transformer: Any) -> Any:
+    """A module of its own with the same tensors, so that each may be run in another way."""
+    tensors = (*transformer.parameters(), *transformer.buffers())
+    return copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
+
+
+def _ours(stored: Any, weights: WeightsPlan, mode: str, plan: AttentionPlan) -> Contestant:
+    transformer = shared_copy(stored)
+    own = Attention(Launcher())
+    install(transformer, own)
+    Multiplier().install(transformer, weights)
+    row, main = plan.main.row, weights.main
+    low = main is not None and main.low
+    arithmetic = Arithmetic(
+        products=bits_of(main.compute.partition("×")[0]) if main is not None and low else 16,
+        scores=bits_of(row.qk),
+        values=bits_of(row.pv),
+    )
+    return Contestant(
+        name=f"ours {_word(weights.quantization)} + {mode}",
+        model=transformer,
+        weights=weights.quantization,
+        products="16 bit × 16 bit" if main is None else main.compute,
+        attention=row.name,
+        during=partial(_turn, own, plan),
+        arithmetic=arithmetic,
+        limit=_SAME + _WEIGHTS[weights.quantization] + _ATTENTION.get(mode, 0.0),
+    )
+
+
+def _turn(attention: Attention, plan: AttentionPlan) -> AbstractContextManager[Turn]:
+    return attention.during(Turn(plan=plan, steps=1, check=lambda: None))
+
+
+def _word(quantization: str) -> str:
+    return "bf16" if quantization == NO_QUANTIZATION else quantization
+
+
+def _attention_plan(setting: Setting, mode: str) -> AttentionPlan:
+    """The mode's first row that can be loaded; UnsupportedError says why there is none."""
+    request = Request(prompt="bench", attention=mode, strict=True, emulate=setting.emulate)
+    problem = Problem(head_dim=setting.case.model.head_dim, dtype=DTYPE, keys=setting.case.tokens)
+    evidence = Evidence()
+    while True:
+        plan = plan_attention(
+            request, None, problem, setting.device, setting.hardware, evidence, layers=1
+        )
+        try:
+            load(plan.main.row)
+        except ImplementationError as error:
+            evidence = evidence.with_failure(error.implementation, error.objection)
+        else:
+            return plan
+
+
+def _weights_plan(setting: Setting, quantization: str) -> WeightsPlan:
+    request = Request(prompt="bench", quantization=quantization, emulate=setting.emulate)
+    situation = Situation(
+        model=setting.case.model,
+        dtype=DTYPE,
+        tokens=setting.case.tokens,
+        device=setting.device,
+        hardware=setting.hardware,
+        evidence=Evidence(),
+    )
+    return plan_weights(request, None, situation)
+
+
+def _quantised(transformer: Any, plan: WeightsPlan) -> Any:
+    """The transformer with the policy's matrices packed, all else shared."""
+    if plan.format is None:
+        return transformer
+    found = shared_copy(transformer)
+    for name, layer in list(found.named_modules()):
+        if isinstance(layer, nn.Linear) and plan.quantises(name):
+            packed = pack(layer.weight.data, plan.format)
+            found.set_submodule(name, QuantLinear(packed, layer.bias, layer.weight.dtype))
+    return found

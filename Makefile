@@ -33,10 +33,14 @@ browser:
 gpu: .venv/ready
 	$(BIN)/pytest -m gpu
 
-# Our kernels beside others', on an NVIDIA GPU; docs/measured.md says what came out.
+# Our kernels and a whole step beside others', on an NVIDIA GPU; docs/measured.md says what came out.
 bench: .venv/ready
 	$(BIN)/sagewan bench attention --json benchmarks/results/attention.json
 	$(BIN)/python tools/attention_chart.py benchmarks/results/attention.json docs/images/attention.svg
+	$(BIN)/sagewan bench step --json benchmarks/results/step.json
+	$(BIN)/sagewan bench step --growth --json benchmarks/results/step-growth.json
+	$(BIN)/python tools/step_chart.py docs/images benchmarks/results/step.json \
+	  benchmarks/results/step-growth.json
 
 # The kernels with every Triton that a supported torch brings; .venv has one of them.
 TRITONS := 3.6.0 3.7.1 3.8.0

@@ -46,7 +46,7 @@ def test_the_floor_of_wan_14b_is_the_one_computed_by_hand() -> None:
     attention = 4 * n * (n + 512) * w
     assert floor.products(case, Arithmetic()).operations == products
     assert floor.attention(case).operations == attention
-    same = Rate(bits16=1000, fp8=1000, fp4=1000, int8=1000)
+    same = Rate(bits16=1000, fp8=1000, fp4=1000, int8=1000, bandwidth=3)
     for arithmetic in (Arithmetic(), Arithmetic(products=8, scores=8, values=4)):
         found = floor.floor_ms(case, arithmetic, same)
         assert found == pytest.approx((products + attention) / 1e12, rel=1e-9)

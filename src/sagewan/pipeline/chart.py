@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
 _WIDTH, _BAR, _GAP, _LEFT, _RIGHT, _HEAD = 720, 18, 8, 260, 90, 34
-_COLOURS = ("#4f46e5", "#0d9488", "#d97706", "#db2777")
+COLOURS = ("#4f46e5", "#0d9488", "#d97706", "#db2777")
 
 
 Bounds = tuple[float, float] | None
@@ -49,7 +49,7 @@ def _group(
         yield (
             f'<text x="{_LEFT - 10}" y="{y + 14}" text-anchor="end">{escape(name)}</text>'
             f'<rect x="{_LEFT}" y="{y}" width="{length:.1f}" height="{_BAR}" rx="3" '
-            f'fill="{_COLOURS[row % len(_COLOURS)]}"/>'
+            f'fill="{COLOURS[row % len(COLOURS)]}"/>'
             f'<text x="{end + 6:.1f}" y="{y + 14}">{shown}</text>'
         )
         if drawn:

@@ -17,45 +17,47 @@ from sagewan.plan.plan import Plan
 @dataclass(frozen=True)
 class Rate:
     """Dense tensor throughput in TFLOPS, from NVIDIA's tables and white papers: 16 bit and FP8
-    with float32 accumulation (FP8 0 where the card has none), FP4, and INT8."""
+    with float32 accumulation (FP8 0 where the card has none), FP4, and INT8; and the memory's
+    bandwidth in TB/s."""
 
     bits16: float
     fp8: float
     fp4: float
     int8: float
+    bandwidth: float
 
 
-def _ampere(bits16: float) -> Rate:
-    return Rate(bits16, 0, 0, 4 * bits16)
+def _ampere(bits16: float, bandwidth: float) -> Rate:
+    return Rate(bits16, 0, 0, 4 * bits16, bandwidth)
 
 
-def _ada(bits16: float) -> Rate:
-    return Rate(bits16, 2 * bits16, 0, 4 * bits16)
+def _ada(bits16: float, bandwidth: float) -> Rate:
+    return Rate(bits16, 2 * bits16, 0, 4 * bits16, bandwidth)
 
 
-def _blackwell(bits16: float) -> Rate:
-    return Rate(bits16, 2 * bits16, 8 * bits16, 4 * bits16)
+def _blackwell(bits16: float, bandwidth: float) -> Rate:
+    return Rate(bits16, 2 * bits16, 8 * bits16, 4 * bits16, bandwidth)
 
 
 RATES: Mapping[str, Rate] = MappingProxyType(
     {
-        "rtx-3060": _ampere(25.5),
-        "rtx-3090": _ampere(71),
-        "rtx-4060": _ada(30.2),
-        "rtx-4060-ti": _ada(44.1),
-        "rtx-4070": _ada(58.3),
-        "rtx-4080": _ada(97.5),
-        "rtx-4090": _ada(165.2),
-        "rtx-5060": _blackwell(38.4),
-        "rtx-5060-ti": _blackwell(47.4),
-        "rtx-5070": _blackwell(61.7),
-        "rtx-5080": _blackwell(112.6),
-        "rtx-5090": _blackwell(209.5),
-        "a100": Rate(312, 0, 0, 624),
-        "l40s": Rate(362, 733, 0, 733),
-        "h100": Rate(989, 1979, 0, 1979),
-        "h200": Rate(989, 1979, 0, 1979),
-        "b200": Rate(2250, 4500, 9000, 4500),
+        "rtx-3060": _ampere(25.5, 0.36),
+        "rtx-3090": _ampere(71, 0.936),
+        "rtx-4060": _ada(30.2, 0.272),
+        "rtx-4060-ti": _ada(44.1, 0.288),
+        "rtx-4070": _ada(58.3, 0.504),
+        "rtx-4080": _ada(97.5, 0.717),
+        "rtx-4090": _ada(165.2, 1.008),
+        "rtx-5060": _blackwell(38.4, 0.448),
+        "rtx-5060-ti": _blackwell(47.4, 0.448),
+        "rtx-5070": _blackwell(61.7, 0.672),
+        "rtx-5080": _blackwell(112.6, 0.96),
+        "rtx-5090": _blackwell(209.5, 1.792),
+        "a100": Rate(312, 0, 0, 624, 2.039),
+        "l40s": Rate(362, 733, 0, 733, 0.864),
+        "h100": Rate(989, 1979, 0, 1979, 3.35),
+        "h200": Rate(989, 1979, 0, 1979, 4.8),
+        "b200": Rate(2250, 4500, 9000, 4500, 8.0),
     }
 )
 

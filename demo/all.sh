@@ -1,19 +1,22 @@
 #!/bin/sh
-# The demo model's weights, LoRAs and scores, from the weights that the package has: all.sh OUT [PART]
-# PART is "weights" (about nine minutes on an H100) or "rest" (about five); both if it is left out.
+# The demo model's weights, LoRAs and scores: all.sh OUT [PART]
+# PART is "weights" or "rest"; both if it is left out. START, if set, is an earlier OUT to go on from.
 set -e
 out=$1
 part=${2:-all}
 here=$(dirname "$0")
-shipped=$here/../src/sagewan/assets/demo
 model=$out/dit/model
 
 if [ "$part" != rest ]; then
+  vae=${START:+--start $START/vae/vae.safetensors}
+  dit=${START:+--start $START/dit/model}
   # Compiles and captures what the long run will, on a handful of clips: a mistake shows at once.
-  python "$here/train_dit.py" --start "$shipped" --out "$out/try" --clips 256 --long-clips 8 --seconds 1
-  python "$here/train_vae.py" --start "$shipped/vae" --out "$out/vae" --seconds "${VAE_SECONDS:-110}"
-  python "$here/train_dit.py" --start "$shipped" --vae "$out/vae" --out "$out/dit" \
-    --seconds "${DIT_SECONDS:-330}"
+  python "$here/train_text.py" --out "$out/text" --seconds "${TEXT_SECONDS:-30}"
+  # shellcheck disable=SC2086  # nothing, or an option and its path
+  python "$here/train_vae.py" $vae --out "$out/vae" --seconds "${VAE_SECONDS:-600}"
+  # shellcheck disable=SC2086
+  python "$here/train_dit.py" $dit --vae "$out/vae" --text "$out/text" --out "$out/dit" \
+    --seconds "${DIT_SECONDS:-900}"
 fi
 if [ "$part" != weights ]; then
   python "$here/score.py" --model "$model" --sweep 2.5 3.5 5 --out "$out/sweep"

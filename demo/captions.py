@@ -168,13 +168,24 @@ def chinese(objects: Sequence[Labels], background: str | None, rng: random.Rando
     return text
 
 
-def describe(objects: Sequence[Labels], background: str, rng: random.Random) -> str:
-    """A random caption: two in five Chinese; size and background left out about half the time,
-    and the size of two objects always, since they have but one."""
+def choose(
+    objects: Sequence[Labels], background: str, rng: random.Random
+) -> tuple[list[Labels], str | None]:
+    """What a caption will mention: size and background are left out about half the time, and the
+    size of two objects always, since they have but one."""
     sized = len(objects) == 1 and rng.random() < 0.5
     said = [{n: v for n, v in labels.items() if sized or n != "size"} for labels in objects]
-    speak = chinese if rng.random() < 0.4 else english
-    return speak(said, background if rng.random() < 0.5 else None, rng)
+    return said, background if rng.random() < 0.5 else None
+
+
+def speak(said: Sequence[Labels], background: str | None, rng: random.Random) -> str:
+    """A random caption that mentions just this; two in five are Chinese."""
+    return (chinese if rng.random() < 0.4 else english)(said, background, rng)
+
+
+def describe(objects: Sequence[Labels], background: str, rng: random.Random) -> str:
+    """A random caption of a clip."""
+    return speak(*choose(objects, background, rng), rng)
 
 
 def vocabulary() -> dict[str, dict[str, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -75,9 +75,7 @@ def token_ids(texts: Sequence[str], table: dict[str, int]) -> np.ndarray:
     return ids
 
 
-def _caption_part(
-    arguments: tuple[list[tuple[list[Labels], str]], int, int, dict[str, int]],
-) -> np.ndarray:
+def _captions(arguments: tuple[list, int, int, dict[str, int]]) -> np.ndarray:
     # No torch in here: its threads do not survive the fork.
     labels, each, seed, table = arguments
     rng = random.Random(seed)
@@ -85,20 +83,29 @@ def _caption_part(
     return token_ids(texts, table).reshape(-1, each, dit.TEXT_LENGTH)
 
 
-def caption_ids(scene: world.Scene, each: int, seed: int, table: dict[str, int]) -> Tensor:
-    """`each` random captions of every clip: int16 [B, each, TEXT_LENGTH], written by all cores.
-
-    Call it before anything touches the GPU: the processes are forked.
+def by_all_cores(
+    write: Callable[[tuple[list, int, int, dict[str, int]]], np.ndarray],
+    labels: list,
+    each: int,
+    seed: int,
+    table: dict[str, int],
+) -> Tensor:
+    """`write((labels, each, seed, table))` for parts of the labels, one after the other in one
+    tensor. Call it before anything touches the GPU: the processes are forked.
     """
-    labels = labels_of(scene)
     workers = min(16, os.cpu_count() or 1, -(-len(labels) // 256))
     size = -(-len(labels) // workers)
     parts = [labels[begin : begin + size] for begin in range(0, len(labels), size)]
     arguments = [(part, each, seed + number, table) for number, part in enumerate(parts)]
     if workers == 1:
-        return torch.from_numpy(_caption_part(arguments[0]))
+        return torch.from_numpy(write(arguments[0]))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        return torch.from_numpy(np.concatenate(list(pool.map(_caption_part, arguments))))
+        return torch.from_numpy(np.concatenate(list(pool.map(write, arguments))))
+
+
+def caption_ids(scene: world.Scene, each: int, seed: int, table: dict[str, int]) -> Tensor:
+    """`each` random captions of every clip: int16 [B, each, TEXT_LENGTH]."""
+    return by_all_cores(_captions, labels_of(scene), each, seed, table)
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def build_text_encoder(words: int) -> UMT5EncoderModel:
             d_kv=32,
             d_ff=256,
             num_heads=4,
-            num_layers=2,
+            num_layers=4,
             dropout_rate=0.0,
             feed_forward_proj="gated-gelu",
             pad_token_id=0,

@@ -1,10 +1,10 @@
-"""Train the demo model's transformer and text encoder together, for a given number of seconds.
+"""Train the demo model's transformer, for a given number of seconds.
 
-    python demo/train_dit.py --start src/sagewan/assets/demo --vae build/vae --out build/dit
+    python demo/train_dit.py --vae build/vae --text build/text --out build/dit
 
 Encodes a fixed set of clips first, then learns flow matching on their latents: logit-normal times
 with the scheduler's shift, one clip in ten without its caption, one in three with its first latent
-frame given clean (image to video). Every eighth step is of few, long clips. The averaged weights
+frame given clean (image to video). Every fourth step is of few, long clips. The averaged weights
 are what is saved, as the pipeline folder `model/`; `training.json` has the losses. The seconds
 count from the script's start.
 """
@@ -26,51 +26,41 @@ from data import Clips, Recipe, caption_ids, draw_scenes, encode_scene
 from diffusers import WanPipeline
 from pace import Clock, LossLog
 from replay import Replay
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 from train_vae import load_start
-from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 log = logging.getLogger("train_dit")
-LONG_EVERY = 8  # steps
-
-
-@torch.no_grad()
-def keep_words(
-    text_encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, old: WanPipeline
-) -> None:
-    """Load an earlier text encoder whose table had other words: each word keeps its row."""
-    weights = old.text_encoder.state_dict()
-    earlier, known = weights["shared.weight"], old.tokenizer.get_vocab()
-    table = text_encoder.shared.weight.clone()
-    for word, row in tokenizer.get_vocab().items():
-        if word in known:
-            table[row] = earlier[known[word]]
-    for name in ("shared.weight", "encoder.embed_tokens.weight"):
-        weights[name] = table
-    text_encoder.load_state_dict(weights)
+LONG_EVERY = 4  # steps
 
 
 def load_parts(options: argparse.Namespace) -> sample.Parts:
-    """Fresh, or those of `--start`; with the autoencoder of `--vae` if given. On the CPU."""
+    """Fresh, or those of `--start`; with the autoencoder of `--vae` and the text encoder of
+    `--text` if given. On the CPU; the text encoder is frozen."""
     tokenizer = models.build_tokenizer()
-    text_encoder = models.build_text_encoder(len(tokenizer))
     if options.start:
         old = WanPipeline.from_pretrained(options.start, dtype=torch.float32)
-        keep_words(text_encoder, tokenizer, old)
-        vae, transformer = old.vae, old.transformer
+        vae, transformer, text_encoder = old.vae, old.transformer, old.text_encoder
     else:
         transformer, vae = models.build_transformer(options.layers), models.build_vae()
+        text_encoder = None
     if options.vae:
         vae = models.build_vae()
         vae.load_state_dict(load_start(options.vae / "vae.safetensors"))
         facts = json.loads((options.vae / "vae.json").read_text())
         vae.register_to_config(latents_mean=facts["latents_mean"], latents_std=facts["latents_std"])
-    return sample.Parts(vae.eval(), transformer, text_encoder, tokenizer)
+    if options.text:
+        text_encoder = models.build_text_encoder(len(tokenizer))
+        weights = load_file(options.text / "text_encoder.safetensors")
+        text_encoder.load_state_dict(weights, strict=False)  # the table has two names, one is saved
+    if text_encoder is None:
+        raise SystemExit("--text is missing: train_text.py makes it")
+    return sample.Parts(vae.eval(), transformer, text_encoder.requires_grad_(False), tokenizer)
 
 
 def recipes_of(options: argparse.Namespace) -> list[Recipe]:
     """Clips of the usual size with one object and with two; then the long ones."""
-    two, long_two = round(0.45 * options.clips), options.long_clips // 3
+    two, long_two = options.clips // 2, options.long_clips // 3
     usual, length = (options.frames, options.side), (options.long_frames, options.long_side)
     return [
         Recipe(options.clips - two, 1, *usual),
@@ -109,11 +99,11 @@ def train(
 ) -> LossLog:
     """Leaves the averaged weights in `parts`."""
     device = parts.transformer.device
-    both = nn.ModuleList([parts.transformer, parts.text_encoder])
+    parameters = list(parts.transformer.parameters())
     matrices = [p for p in parts.transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
-    optimizer = flow.Optimizer(matrices, (p for p in both.parameters() if id(p) not in chosen))
-    average = flow.Average(both.parameters())
+    optimizer = flow.Optimizer(matrices, (p for p in parameters if id(p) not in chosen))
+    average = flow.Average(parameters)
     block_step = dit.compiled_block(device)
     losses, long_losses = LossLog(device), LossLog(device)
 
@@ -151,13 +141,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vae", type=Path, help="what train_vae.py wrote; else that of --start")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--text", type=Path, help="what train_text.py wrote; else that of --start")
     parser.add_argument("--start", type=Path, help="a pipeline folder to go on from")
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--long-batch", type=int, default=3)
-    parser.add_argument("--clips", type=int, default=20480)
-    parser.add_argument("--long-clips", type=int, default=288)
+    parser.add_argument("--clips", type=int, default=28672)
+    parser.add_argument("--long-clips", type=int, default=384)
     parser.add_argument("--captions", type=int, default=16, help="texts for each clip")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--side", type=int, default=SIDE)

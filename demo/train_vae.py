@@ -27,6 +27,7 @@ from sheet import save_sheet
 from torch import Tensor
 
 from sagewan.evaluate import checker
+from sagewan.evaluate.world import MOTIONS, SHAPES
 
 log = logging.getLogger("train_vae")
 CROP = 128
@@ -82,6 +83,17 @@ def crop_to_object(video: Tensor, rim: Tensor, centre: Tensor, side: int) -> tup
     return torch.stack([w[0] for w in windows]), torch.stack([w[1] for w in windows])
 
 
+def draw_scene(count: int, generator: torch.Generator, objects: int) -> world.Scene:
+    """Training clips, about half of which hold what is hard to keep sharp: a ring's hole, or the
+    fast motions."""
+    scene = world.sample_scene(count + count // 2, generator, objects=objects)
+    hard = scene.shape == SHAPES.index("ring")
+    for name in ("orbit", "bounce"):
+        hard |= scene.motion == MOTIONS.index(name)
+    first = hard.any(1).int().argsort(descending=True, stable=True)
+    return scene[first[:count]]
+
+
 class Clips:
     """Endless random clips, rendered on the device in blocks: a third of them of two objects."""
 
@@ -99,7 +111,7 @@ class Clips:
             (2, "plain", count // 3),
             (1, "night", night),
         ):
-            scene = world.sample_scene(share, self.generator, objects=objects)
+            scene = draw_scene(share, self.generator, objects)
             path, _ = world.paths(scene, world.FRAMES)
             some = torch.randint(objects, (share,), generator=self.generator)
             when = torch.randint(world.FRAMES, (share,), generator=self.generator)

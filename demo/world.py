@@ -36,8 +36,8 @@ class Scene:
     background [B]; the rest is float32.
 
     start [B, K, 2]: centre at time 0; travel [B, K, 2]: straight displacement; swing [B, K, 2]:
-    radius of the orbit (its sign is the direction) and height of the hops; growth [B, K]: log of
-    the ratio of last radius to first; radius [B, K]: geometric mean over the clip.
+    radius of the orbit, which runs clockwise from its top, and height of the hops; growth [B, K]:
+    log of the ratio of last radius to first; radius [B, K]: geometric mean over the clip.
     """
 
     shape: Tensor
@@ -49,7 +49,6 @@ class Scene:
     growth: Tensor
     travel: Tensor
     swing: Tensor
-    phase: Tensor
     start: Tensor
 
     def __len__(self) -> int:
@@ -117,16 +116,14 @@ def make_scene(attributes: dict[str, Tensor], generator: torch.Generator) -> Sce
     along = 2 * room[..., 1] * uniform(0.45, 0.75)
     travel = torch.stack([across * (when("right") - when("left")),
                           along * (when("down") - when("up"))], -1)  # fmt: skip
-    turn = torch.where(torch.rand(motion.shape, generator=generator) < 0.5, -1.0, 1.0)
-    loop = uniform(0.13, 0.16) if pair else uniform(0.18, 0.26)
-    swing = torch.stack([loop * turn * when("orbit"), uniform(0.27, 0.38) * when("bounce")], -1)
+    loop = uniform(0.12, 0.145) if pair else uniform(0.16, 0.22)
+    swing = torch.stack([loop * when("orbit"), uniform(0.25, 0.34) * when("bounce")], -1)
     scene = Scene(
         **attributes,
         radius=radius,
         growth=growth,
         travel=travel,
         swing=swing,
-        phase=uniform(0, 2 * math.pi),
         start=torch.zeros(*motion.shape, 2),
     )
     centre, _ = paths(scene, FRAMES)
@@ -145,13 +142,10 @@ def sample_scene(
 def paths(scene: Scene, frames: int) -> tuple[Tensor, Tensor]:
     """Centre [B, K, T, 2] and radius [B, K, T] of every object over the clip."""
     time = torch.linspace(0, 1, frames, device=scene.start.device)
+    angle = 2 * math.pi * time
     loop, hop = scene.swing[..., 0, None], scene.swing[..., 1, None]
-    angle = 2 * math.pi * time + scene.phase[..., None] * loop.sign()
-    begin = angle[..., :1]
-    orbit = torch.stack(
-        [loop.abs() * (angle.cos() - begin.cos()), loop * (angle.sin() - begin.sin())], -1
-    )
-    bounce = torch.stack([0 * angle, -hop * (2 * math.pi * time).sin().abs()], -1)
+    orbit = torch.stack([loop * angle.sin(), loop * (1 - angle.cos())], -1)
+    bounce = torch.stack([0 * hop * angle, -hop * angle.sin().abs()], -1)
     straight = scene.travel[..., None, :] * time[:, None]
     centre = scene.start[..., None, :] + straight + orbit + bounce
     return centre, scene.radius[..., None] * torch.exp(scene.growth[..., None] * (time - 0.5))

@@ -13,6 +13,7 @@ import torch
 import train_distill
 import train_dit
 import train_style
+import train_text
 import train_vae
 from pace import Clock
 from safetensors.torch import load_file
@@ -28,7 +29,10 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     train_vae.main(["--out", str(out / "vae"), "--seconds", "1", "--batch", "1", "--side", "64",
                     "--block", "8", "--scored", "2"])  # fmt: skip
-    train_dit.main(["--vae", str(out / "vae"), "--out", str(out), "--layers", "1", "--clips", "8",
+    train_text.main(["--out", str(out / "text"), "--seconds", "0.5", "--batch", "4",
+                     "--captions", "20", "--scored", "4"])  # fmt: skip
+    train_dit.main(["--vae", str(out / "vae"), "--text", str(out / "text"), "--out", str(out),
+                    "--layers", "1", "--clips", "8",
                     "--captions", "2", "--long-clips", "3", "--long-batch", "1", "--long-side",
                     "64", "--long-frames", "9", *TOY])  # fmt: skip
     model = ["--model", str(out / "model")]

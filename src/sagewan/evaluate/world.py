@@ -100,7 +100,7 @@ def _ball(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return (_ball(x, y) + 0.28).abs() - 0.27
+    return (_ball(x, y) + 0.25).abs() - 0.24
 
 
 _OUTLINES = {

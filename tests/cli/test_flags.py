@@ -15,6 +15,7 @@ from sagewan.plan.lora import Lora
 from sagewan.plan.parse import PARSE
 from sagewan.plan.request import Ends, Request
 from sagewan.plan.serialize import field_types
+from sagewan.plan.step_cache import StepCache
 
 FIELDS = tuple(field.name for field in fields(Request))
 
@@ -58,6 +59,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "attention_keep_layers": ("39,0", (0, 39)),
     "quantization": ("fp8_scaled", "fp8_scaled"),
     "block_swap": ("20", 20),
+    "cache": ("easy:0.05", StepCache(method="easy", threshold=0.05)),
     "lora": (
         "high=a.safetensors:0.5",
         (Lora(path=Path("a.safetensors"), strength=0.5, expert="high"),),
@@ -102,6 +104,9 @@ def test_a_flag_left_out_is_the_fields_default() -> None:
         (["--size", "big"], "write WIDTHxHEIGHT"),
         (["--attention-ends", "sdpa"], "write MODE:FIRST,LAST"),
         (["--seed", "-1"], "seed=-1"),
+        (["--cache", "easy"], "cache=easy: write METHOD:THRESHOLD"),
+        (["--cache", "hard:0.1"], "methods: easy"),
+        (["--cache", "easy:nan"], "cache=easy:nan"),
         (["--cfg", "nan"], "cfg=nan"),
         (["--steps"], "expected one argument"),
         (["--wrong"], "--wrong"),
@@ -122,6 +127,7 @@ def test_the_settings_of_a_video_are_overridden_by_flags(monkeypatch: pytest.Mon
     assert parsed("--from", "v.mp4") == Request(
         prompt="a ball", seed=3, steps=4, strict=True, size=(64, 64)
     )
+    assert parsed("--from", "v.mp4", "--cache", "none").cache is None
     other = parsed("--from", "v.mp4", "a box", "--seed", "4", "--no-strict")
     assert (other.prompt, other.seed, other.steps, other.strict) == ("a box", 4, 4, False)
 

@@ -13,6 +13,7 @@ from sagewan.errors import Cancelled, RequestError
 from sagewan.evaluate.run import Evaluation, evaluate
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.plan.request import Request
+from sagewan.plan.step_cache import StepCache
 from sagewan.reference import emulation
 
 SMALL = {"size": (64, 64), "frames": 5, "steps": 2, "seed": 3, "emulate": True}
@@ -46,6 +47,20 @@ def test_the_table_says_what_ran_and_what_it_costs(tmp_path: Path) -> None:
     ElementTree.fromstring((tmp_path / "table.svg").read_text())
     lines = (tmp_path / "clips.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 3
+
+
+def test_a_step_cache_is_one_more_axis_and_what_it_reuses_is_told(tmp_path: Path) -> None:
+    cache = StepCache.parse("easy:1")
+    wanted = settings(tmp_path, "sdpa", steps=6)
+    found = evaluate(replace(wanted, cache=(None, cache)))
+    exact, cached = found.entries
+    assert (exact["cache"], cached["cache"]) == (None, "easy:1")
+    assert cached["name"] == "sdpa, easy:1"
+    assert 0 < cached["reused"]["value"] <= 0.5
+    assert f"{cached['reused']['value']:.0%} of the passes reused" in found.table
+    # The weights are the same, so that one forward pass loses nothing.
+    assert cached["dit"]["value"] == 0
+    assert 10 < cached["psnr"]["value"] < 100
 
 
 def test_an_evaluation_that_compares_nothing_says_what_would(

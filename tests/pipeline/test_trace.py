@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.pipeline.traces import CALLS, make, trace_of_denoising
+from sagewan.plan.step_cache import StepCache
+from tests.pipeline.traces import CALLS, LAYERS, make, trace_of_denoising
 
 
 def test_with_sdpa_the_trace_holds_self_and_cross_attention(
@@ -22,6 +23,18 @@ def test_with_another_mode_the_trace_holds_cross_attention_alone(
     ran, trace = trace_of_denoising(tmp_path, monkeypatch, attention="sageattn", emulate=True)
     assert [(row["implementation"], row["calls"]) for row in ran] == [("emulated.sageattn", CALLS)]
     assert trace.torch_attention == CALLS, trace.operators
+
+
+def test_what_a_step_cache_reuses_is_not_in_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"size": (64, 64), "frames": 5, "steps": 6}
+    ran, trace = trace_of_denoising(
+        tmp_path, monkeypatch, attention="sdpa", cache=StepCache.parse("easy:1"), **small
+    )
+    computed = sum(row["calls"] for row in ran)
+    assert 2 * (2 + 1) * LAYERS <= computed < 2 * 6 * LAYERS
+    assert trace.torch_attention == 2 * computed, trace.operators
 
 
 def test_a_planted_substitute_shows_in_the_report(

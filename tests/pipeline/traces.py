@@ -36,7 +36,8 @@ class Trace:
 def make(folder: Path, **fields: Any) -> Result:
     """Two steps of the demo."""
     prompt, output = "a red ball rolls to the right", folder / "ball.mp4"
-    return generate(Request(prompt=prompt, seed=1, steps=STEPS, output=output, **fields))
+    wanted = {"seed": 1, "steps": STEPS, **fields}
+    return generate(Request(prompt=prompt, output=output, **wanted))
 
 
 def trace_of_denoising(

@@ -22,6 +22,7 @@ from sagewan.plan.serialize import (
     request_to_json,
     settings,
 )
+from sagewan.plan.step_cache import METHODS, StepCache
 from tests.machines import DEMO, WAN_14B, machine
 
 FIELDS = tuple(field.name for field in fields(Request))
@@ -36,6 +37,11 @@ loras = st.builds(
     path=paths,
     strength=st.integers(-1000, 1000).map(lambda n: n / 100),
     expert=st.sampled_from([None, "high", "low"]),
+)
+caches = st.builds(
+    StepCache,
+    method=st.sampled_from(METHODS),
+    threshold=st.integers(1, 1000).map(lambda n: n / 1000),
 )
 sides = st.integers(16, 4096)
 
@@ -62,6 +68,7 @@ def requests(draw: st.DrawFn) -> Request:
         attention_ends=attention_ends,
         attention_keep_layers=tuple(layers),
         quantization=draw(st.sampled_from([None, *QUANTIZATIONS])),
+        cache=draw(st.none() | caches),
         lora=tuple(draw(st.lists(loras, max_size=2))),
         steps=draw(st.none() | st.integers(1, 1000)),
         cfg=draw(st.none() | st.floats(0, 100)),

@@ -14,6 +14,7 @@ from sagewan.checkpoint.places import models_folder
 from sagewan.errors import RequestError
 from sagewan.plan.modes import fitting_preset
 from sagewan.plan.request import Ends, Request
+from sagewan.plan.step_cache import StepCache
 from sagewan.ui import uploads
 from sagewan.ui.door import owner_of
 from sagewan.ui.form import PARTS, names, request_of, values_of
@@ -64,6 +65,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], Any]] = {
     "shift": ({"shift": "8"}, 8.0),
     "scheduler": ({"scheduler": "lcm"}, "lcm"),
     "quantization": ({"quantization": "fp8_scaled"}, "fp8_scaled"),
+    "cache": ({"cache": "easy:0.1"}, StepCache(method="easy", threshold=0.1)),
     "seed": ({"seed": str(2**60 + 1)}, 2**60 + 1),
     "size": ({"size": "1280x720"}, (1280, 720)),
     "frames": ({"frames": "81"}, 81),
@@ -112,6 +114,7 @@ WRONG = {
     "attention": {"attention": "sageatn"},
     "attention_ends": {"attention": "sdpa", "attention_ends": "sdpa", "attention_ends.last": "x"},
     "attention_keep_layers": {"attention_keep_layers": "first"},
+    "cache": {"cache": "easy"},
     "steps": {"steps": "2.5"},
     "cfg": {"cfg": "high"},
     "cfg_2": {"cfg_2": "-1"},

@@ -9,8 +9,9 @@ from sagewan.cli.show import shown
 from sagewan.errors import RequestError
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.modes import MODES
-from sagewan.plan.parse import parsed
+from sagewan.plan.parse import OFF, parsed
 from sagewan.plan.request import NO_QUANTIZATION, Request
+from sagewan.plan.step_cache import StepCache
 
 # The fields of a request that all clips share.
 _FIELDS = (
@@ -37,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[NO_QUANTIZATION],
         metavar="Q",
         help="the quantizations to evaluate each mode with: none, fp8_scaled, fp4_scaled (none)",
+    )
+    parser.add_argument(
+        "--cache",
+        nargs="+",
+        default=[OFF],
+        metavar="CACHE",
+        help="the step caches to evaluate all of these with, such as none easy:0.05 (none)",
     )
     parser.add_argument(
         "--count", metavar="N", help="how many prompts (all of the file; 16 of the demo's own)"
@@ -66,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         for kind in arguments.quantization:
             # Refuses unknown names as everywhere.
             Request(prompt="evaluate", attention=mode, quantization=kind)
+    caches: list[StepCache | None] = [parsed("cache", text) for text in arguments.cache]
     request = Request(prompt="evaluate", **fields)
     count, batch = _number("count", arguments.count), _number("batch", arguments.batch)
     from sagewan.evaluate.run import Evaluation, evaluate
@@ -74,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         request=request,
         attention=tuple(arguments.attention),
         quantization=tuple(arguments.quantization),
+        cache=tuple(caches),
         folder=arguments.output,
         prompts=arguments.prompts,
         count=count,

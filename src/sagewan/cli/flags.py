@@ -40,6 +40,11 @@ FLAGS: Mapping[str, Flag] = {
     "block_swap": Flag(
         "N", "blocks that wait in host memory, at least; more where the card needs it (auto)"
     ),
+    "cache": Flag(
+        "easy:T",
+        "reuse the transformer's answer where it changes little, by at most this share: easy:0.05; "
+        "faster, another video (none)",
+    ),
     "lora": Flag(
         "FILE[:S]",
         "a LoRA, with a strength if not 1; may be repeated. For one expert of Wan 2.2 A14B: "

@@ -70,11 +70,21 @@ def summary(result: "Result") -> str:
         how = ", ".join(filter(None, (row["implementation"], row["torch_backend"])))
         rows.append(f"{row['mode']} ({how}) {row['calls']} of {calls} calls")
     width, height = report["output"]["size"]
+    took = duration(report["timings"]["total"])
     return (
         f"{result.path}: {counted(report['output']['frames'], 'frame')} {width}x{height}, "
-        f"{', '.join(rows)}{_asked(report)}, {duration(report['timings']['total'])}, "
+        f"{', '.join(rows)}{_asked(report)}{_reused(report)}, {took}, "
         f"seed {result.plan.seed}"
     )
+
+
+def _reused(report: Mapping[str, Any]) -> str:
+    """``, cache easy:0.05: 11 of 32 forwards reused (steps 5, 6, 8)``; nothing without a cache."""
+    cache = report["cache"]
+    if cache is None:
+        return ""
+    told = f", cache {cache['requested']}: {cache['reused']} of {cache['forwards']} forwards reused"
+    return f"{told} (steps {', '.join(map(str, cache['steps']))})" if cache["steps"] else told
 
 
 def _asked(report: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from sagewan.plan.plan import Plan
 from sagewan.plan.pretend import CARDS, pretend
 from sagewan.plan.serialize import plan_to_json
 from sagewan.plan.speed import estimated_seconds
+from sagewan.plan.step_cache import CachePlan
 
 # Smaller lines of a sum are left out, in bytes.
 _SHOWN = GIB // 20
@@ -65,6 +66,8 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{steps.count}, {steps.scheduler}, shift {steps.shift:g}, {guidance}"),
         ("attention", _choice(plan.attention.main)),
     ]
+    if plan.cache:
+        rows.insert(5, ("cache", _cached(plan.cache)))
     if plan.attention.ends:
         where = f"first {plan.attention.first} and last {plan.attention.last} steps"
         rows.append(("", f"{where}: {_choice(plan.attention.ends)}"))
@@ -81,9 +84,17 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     rows += [("memory" if first else "", text) for first, text in _first(_memory(plan))]
     seconds = estimated_seconds(plan)
     if seconds is not None:
-        rows.append(("time", f"about {_roughly(seconds)}, by the card's listed rates"))
+        about = "at most about" if plan.cache else "about"
+        rows.append(("time", f"{about} {_roughly(seconds)}, by the card's listed rates"))
     rows += [("note", note) for note in plan.notes]
     return rows
+
+
+def _cached(cache: CachePlan) -> str:
+    return (
+        f"{cache.cache}, the first {cache.first} and the last step always computed: at most "
+        f"{cache.reusable} of {cache.forwards} forwards reused"
+    )
 
 
 def _memory(plan: Plan) -> Iterator[str]:

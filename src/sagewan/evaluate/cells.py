@@ -1,6 +1,8 @@
-"""The cells of an evaluation: an attention mode with a quantization, and the plan of each."""
+"""The cells of an evaluation: an attention mode with a quantization and a step cache or none, and
+the plan of each."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +16,10 @@ from sagewan.plan.lora import LoraFile
 from sagewan.plan.models import Model
 from sagewan.plan.objection import Objection
 from sagewan.plan.request import NO_QUANTIZATION, Request
+from sagewan.plan.step_cache import StepCache
 
 EXACT = "sdpa"
+_REFERENCE = (EXACT, NO_QUANTIZATION, None)
 _EMULATED = frozenset(row.name for row in ROWS if row.emulated)
 
 
@@ -26,17 +30,19 @@ class Cell:
 
     attention: str
     quantization: str
+    cache: StepCache | None
     decision: Decision
     changes: list[Change]
     same_as: str | None = None
 
     @property
     def name(self) -> str:
-        return cell_name(self.attention, self.quantization)
+        kind = None if self.quantization == NO_QUANTIZATION else self.quantization
+        return ", ".join(str(part) for part in (self.attention, kind, self.cache) if part)
 
     @property
     def is_reference(self) -> bool:
-        return (self.attention, self.quantization) == (EXACT, NO_QUANTIZATION)
+        return (self.attention, self.quantization, self.cache) == _REFERENCE
 
     def without(self, failures: Mapping[str, Objection]) -> None:
         """Decide again, now that these implementations, by name, are known to fail."""
@@ -45,8 +51,20 @@ class Cell:
         self.changes += changes_between(before, self.decision.plan, failures)
 
 
-def cell_name(attention: str, quantization: str) -> str:
-    return attention if quantization == NO_QUANTIZATION else f"{attention}, {quantization}"
+@dataclass(frozen=True)
+class Axes:
+    """What is combined with what."""
+
+    attention: Sequence[str]
+    quantization: Sequence[str]
+    cache: Sequence[StepCache | None] = (None,)
+
+    def cells(self) -> Iterator[tuple[str, str, StepCache | None]]:
+        """The reference first. Those of one quantization stand together, since it takes loading to
+        change."""
+        combined = itertools.product(self.quantization, self.cache, self.attention)
+        every = [_REFERENCE, *((mode, kind, cache) for kind, cache, mode in combined)]
+        yield from dict.fromkeys(every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +76,16 @@ class Subject:
     hardware: Hardware
 
 
-def make_cells(
-    request: Request,
-    subject: Subject,
-    attention: Sequence[str],
-    quantization: Sequence[str],
-    watch: Watch,
-) -> list[Cell]:
-    """The reference, exact attention on weights in the plan's own dtype, then every other pair;
-    those of one quantization stand together, since it takes loading to change. Proves what the
-    plans want proved. Raises as :func:`sagewan.plan.plan.make_plan`."""
-    pairs = [(EXACT, NO_QUANTIZATION)]
-    pairs += [(mode, kind) for kind in quantization for mode in attention]
+def make_cells(request: Request, subject: Subject, axes: Axes, watch: Watch) -> list[Cell]:
+    """The reference, exact attention on weights in the plan's own dtype without a cache, then all
+    that the axes combine. Proves what the plans want proved. Raises as
+    :func:`sagewan.plan.plan.make_plan`."""
     cells: list[Cell] = []
     first_of: dict[object, str] = {}
-    for mode, kind in dict.fromkeys(pairs):
-        wanted = replace(request, attention=mode, quantization=kind)
+    for mode, kind, cache in axes.cells():
+        wanted = replace(request, attention=mode, quantization=kind, cache=cache)
         decision = decide(wanted, subject.model, subject.hardware, subject.loras, watch=watch)
-        cell = Cell(mode, kind, decision, list(planned_changes(decision.plan)))
+        cell = Cell(mode, kind, cache, decision, list(planned_changes(decision.plan)))
         cell.same_as = first_of.get(_what_runs(cell))
         first_of.setdefault(_what_runs(cell), cell.name)
         cells.append(cell)
@@ -86,7 +96,7 @@ def _what_runs(cell: Cell) -> object:
     plan = cell.decision.plan
     weights = plan.weights
     rows = [(kind, role, row.name) for kind, role, row in weights.rows]
-    return plan.attention.main.row.name, weights.format, weights.unpacks, str(rows)
+    return plan.attention.main.row.name, weights.format, weights.unpacks, str(rows), plan.cache
 
 
 def ran(attention: Sequence[Mapping[str, Any]], weights: Sequence[Mapping[str, Any]]) -> list[str]:

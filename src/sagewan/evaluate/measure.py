@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from sagewan.pipeline.metrics import decibels, similarities, square_errors
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.schedulers import TRAIN_STEPS
 from sagewan.pipeline.session import Session
+from sagewan.pipeline.step_cache import Forwards
 from sagewan.plan.plan import Plan
 
 # The PSNR of a clip that is equal to its reference, byte for byte, so that a mean exists.
@@ -80,7 +81,7 @@ class Batch:
         conditions = self._conditions or encode(components, plan, {}, self._prompts)
         self._conditions = conditions
         noise = start(plan, [clip.seed for clip in self._clips])
-        latents = _latents(components, plan, conditions, noise, self._watch)
+        latents, reused = _latents(components, plan, conditions, noise, self._watch)
         seconds = (time.perf_counter() - began) / len(self._clips)
         if cell.is_reference:
             if not latents.isfinite().all():
@@ -99,8 +100,8 @@ class Batch:
         told = ran(launcher.ran(), components.multiplier.ran())
         shared = {"ran": told, "seconds": round(seconds, 4)}
         return [
-            shared | alike | right
-            for alike, right in zip(likeness, self._right(frames), strict=True)
+            shared | {"reused": share} | alike | right
+            for share, alike, right in zip(reused, likeness, self._right(frames), strict=True)
         ]
 
     @property
@@ -141,20 +142,28 @@ class Batch:
 
 def _latents(
     components: Components, plan: Plan, conditions: Conditions, noise: Snapshot, watch: Watch
-) -> Tensor:
-    """The batch's latents [B, C, F, H, W]. Where a clip stops being finite every clip goes on
-    alone, so that the others are what they are, and that one is NaN."""
-    try:
-        return denoise(components, plan, conditions, watch, resume=noise)
-    except NotFinite:
-        if len(noise.latents) == 1:
-            return torch.full_like(noise.latents, math.nan)
-    alone = []
+) -> tuple[Tensor, list[float]]:
+    """The batch's latents [B, C, F, H, W], and of each clip the share of the forward passes that
+    were reused. Where a clip stops being finite every clip goes on alone, so that the others are
+    what they are, and that one is NaN; with a step cache, which decides for one video, each is
+    alone from the start."""
+    forwards = Forwards()
+    if plan.cache is None or len(noise.latents) == 1:
+        parts = replace(components, forwards=forwards)
+        try:
+            latents = denoise(parts, plan, conditions, watch, resume=noise)
+            return latents, [forwards.reused / forwards.count] * len(latents)
+        except NotFinite:
+            if len(noise.latents) == 1:
+                return torch.full_like(noise.latents, math.nan), [0.0]
+    alone, shares = [], []
     for clip in range(len(noise.latents)):
         own = Conditions(prompt=conditions.prompt[clip : clip + 1], negative=conditions.negative)
         begin = Snapshot(0, noise.latents[clip : clip + 1], noise.sampler)
-        alone.append(_latents(components, plan, own, begin, watch))
-    return torch.cat(alone)
+        latents, share = _latents(components, plan, own, begin, watch)
+        alone.append(latents)
+        shares += share
+    return torch.cat(alone), shares
 
 
 def _points(noise: Snapshot, latents: Tensor) -> list[tuple[int, Tensor]]:

@@ -14,7 +14,7 @@ from sagewan.attention.launch import is_out_of_memory
 from sagewan.checkpoint.find import find_model
 from sagewan.checkpoint.lora import find_loras
 from sagewan.errors import RequestError, UnsupportedError
-from sagewan.evaluate.cells import Cell, Subject, make_cells
+from sagewan.evaluate.cells import Axes, Cell, Subject, make_cells
 from sagewan.evaluate.held_out import Asked, held_out_prompts
 from sagewan.evaluate.measure import Batch, Clip
 from sagewan.evaluate.record import Record
@@ -29,6 +29,7 @@ from sagewan.plan.models import Model
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import settings
+from sagewan.plan.step_cache import StepCache
 from sagewan.plan.words import check_words
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,12 @@ logger = logging.getLogger(__name__)
 # on a CPU: 256 and 4 of the demo's usual clips. A Wan video is one alone.
 _HIDDEN = (256 * 320 * 256, 4 * 320 * 256)
 # What a batch and its results depend on, beside the cells.
-_SHARED = ("prompt", "negative", "attention", "quantization", "metadata")
+_SHARED = ("prompt", "negative", "attention", "quantization", "cache", "metadata")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What to evaluate. ``request`` says all but the prompts, the modes and the quantizations;
+    """What to evaluate. ``request`` says all but the prompts and the three axes of the cells;
     ``prompts`` is a file with one a line (None: the demo's own), of which the first ``count`` are
     used; ``batch`` how many clips are made at once (None: by their tokens)."""
 
@@ -50,6 +51,7 @@ class Evaluation:
     attention: tuple[str, ...]
     quantization: tuple[str, ...]
     folder: Path
+    cache: tuple[StepCache | None, ...] = (None,)
     prompts: Path | None = None
     count: int | None = None
     batch: int | None = None
@@ -82,7 +84,8 @@ def evaluate(evaluation: Evaluation, *, watch: Watch | None = None) -> Evaluated
     subject = Subject(model=model, loras=find_loras(request.lora, model), hardware=probe())
     asked = _prompts(evaluation, model)
     request = replace(request, prompt=asked[0].prompt)
-    cells = make_cells(request, subject, evaluation.attention, evaluation.quantization, watch)
+    axes = Axes(evaluation.attention, evaluation.quantization, evaluation.cache)
+    cells = make_cells(request, subject, axes, watch)
     if len(cells) > 1 and all(cell.same_as for cell in cells[1:]):
         logger.warning(
             "nothing is compared: all that was asked for runs as %s here; --emulate computes the "

@@ -22,6 +22,7 @@ def _entry(cell: Cell, reference: str, lines: Lines) -> dict[str, Any]:
         "name": cell.name,
         "attention": cell.attention,
         "quantization": cell.quantization,
+        "cache": cell.cache and str(cell.cache),
         "same_as": cell.same_as,
         "fallbacks": [change.to_json() for change in cell.changes],
     }
@@ -34,6 +35,8 @@ def _entry(cell: Cell, reference: str, lines: Lines) -> dict[str, Any]:
     entry["seconds"] = sum(one["seconds"] for one in own) / len(own)
     if "right" in own[0]:
         entry |= _scores(own, [line["cells"][reference] for line in lines], lines)
+    if cell.cache:
+        entry["reused"] = mean([one["reused"] for one in own]).to_json()
     if cell.name != reference:
         entry["finite"] = sum(one["finite"] for one in own)
         for name in ("psnr", "ssim", "dit"):
@@ -110,7 +113,7 @@ def _cells(
     if entry["same_as"]:
         ran = f"the same as {entry['same_as']}"
         return [entry["name"], ran, *["–"] * (len(_COLUMNS) + (2 if scored else 0))]
-    cells = [entry["name"], " + ".join(entry["ran"])]
+    cells = [entry["name"], " + ".join([*entry["ran"], *_reused(entry)])]
     first = entry is entries[0]
     if scored:
         cells.append(f"{entry['right']['count']} of {entry['clips']}")
@@ -119,6 +122,11 @@ def _cells(
         value = entry.get(key)
         cells.append("reference" if first else "–" if value is None else _bounded(value, shown))
     return cells
+
+
+def _reused(entry: Mapping[str, Any]) -> list[str]:
+    """What of the forward passes a step cache left out, on average."""
+    return [f"{entry['reused']['value']:.0%} of the passes reused"] if entry["cache"] else []
 
 
 def _points(x: float) -> str:

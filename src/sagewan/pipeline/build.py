@@ -32,6 +32,7 @@ from sagewan.pipeline.fill import (
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.session import Part, Session
 from sagewan.pipeline.settings import check_processor, check_vae
+from sagewan.pipeline.step_cache import Forwards
 from sagewan.plan.lora import LoraFile
 from sagewan.plan.plan import Plan
 
@@ -48,6 +49,7 @@ class Components:
     image_processor: Any
     attention: Attention
     multiplier: Multiplier
+    forwards: Forwards
 
     @property
     def weight_bytes(self) -> int:
@@ -117,6 +119,7 @@ def build(
         else None,
         attention=Attention(launcher),
         multiplier=Multiplier(),
+        forwards=Forwards(),
     )
     shelf.close()
     return components

@@ -19,18 +19,24 @@ from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import Conditions
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.schedulers import TRAIN_STEPS, Sampler, make_sampler
+from sagewan.pipeline.step_cache import NEGATIVE, PROMPT, Reuse
 from sagewan.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
+# One of guidance's passes: which, for which latents, and how its answer is computed.
+Pass = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a run can go on from: everything ready for ``step`` (from 0), and finite."""
+    """Where a run can go on from: everything ready for ``step`` (from 0), and finite. ``reuse`` is
+    the state of the step cache, None where nothing has run yet."""
 
     step: int
     latents: Tensor
     sampler: Sampler
+    reuse: Reuse | None = None
 
 
 class NotFinite(Exception):
@@ -84,18 +90,20 @@ def denoise(
     """
     state = resume or start(plan)
     latents, sampler = state.latents, state.sampler.copy()
+    reuse = state.reuse.copy() if state.reuse else Reuse(plan.cache, components.forwards)
     turn = _turn(plan, len(sampler.times), watch.check)
     watch.stage("denoise", turn.steps)
     with components.attention.during(turn), _experts(components, plan) as expert:
         for step in range(state.step, turn.steps):
-            before = Snapshot(step, latents, sampler.copy())
+            before = Snapshot(step, latents, sampler.copy(), reuse.copy())
             turn.step, time = step, sampler.times[step]
             index = expert_of(float(time), plan)
             lacking: str | None = None
             try:
                 forward = _Forward(expert(index), plan, conditions)
+                passed = partial(reuse.forward, step, index)
                 with components.attention.whole(), components.multiplier.whole():
-                    prediction = forward.guided(latents, time, _guidance(index, plan))
+                    prediction = forward.guided(latents, time, _guidance(index, plan), passed)
             except ImplementationError as failure:
                 raise RowFailed(before, failure) from failure
             except (RuntimeError, MemoryError) as error:
@@ -130,7 +138,7 @@ def predict(
         for step, latents in points:
             turn.step, time = step, times[step]
             forward = _Forward(expert(expert_of(float(time), plan)), plan, conditions)
-            found.append(forward.guided(latents, time, 1.0))
+            found.append(forward.guided(latents, time, 1.0, _computed))
         return found
 
 
@@ -195,6 +203,10 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
         yield expert
 
 
+def _computed(_part: str, _latents: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    return compute()
+
+
 @dataclass(frozen=True)
 class _Forward:
     """One transformer with the conditions of a run."""
@@ -203,13 +215,15 @@ class _Forward:
     plan: Plan
     conditions: Conditions
 
-    def guided(self, latents: Tensor, time: Tensor, scale: float) -> Tensor:
-        """The predicted flow, float32: with classifier-free guidance where ``scale`` > 1."""
-        given = self._predict(latents, time, self.conditions.prompt)
-        if scale <= 1 or self.conditions.negative is None:
-            return given
-        without = self._predict(latents, time, self.conditions.negative)
-        return without + scale * (given - without)
+    def guided(self, latents: Tensor, time: Tensor, scale: float, passed: Pass) -> Tensor:
+        """The predicted flow, float32: with classifier-free guidance where ``scale`` > 1. Each pass
+        goes through ``passed``, which may know the answer."""
+        given, negative = self.conditions.prompt, self.conditions.negative
+        answer = passed(PROMPT, latents, partial(self._predict, latents, time, given))
+        if scale <= 1 or negative is None:
+            return answer
+        without = passed(NEGATIVE, latents, partial(self._predict, latents, time, negative))
+        return without + scale * (answer - without)
 
     def _predict(self, latents: Tensor, time: Tensor, text: Tensor) -> Tensor:
         dtype = self.transformer.dtype

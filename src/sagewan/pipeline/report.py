@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from sagewan import __version__
 from sagewan.pipeline.export import Video
 from sagewan.pipeline.files import written_whole
 from sagewan.pipeline.progress import Timings
+from sagewan.pipeline.step_cache import Forwards
 from sagewan.plan.catalogue import ROWS
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.plan import Plan
@@ -39,8 +40,9 @@ class Change:
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What only the run could tell. ``ran`` are attention's calls, ``multiplied`` those of the
-    quantised layers; ``formats`` counts the matrices of the transformers by their format. Bytes;
-    peaks are None where the system does not tell.
+    quantised layers; ``forwards`` tells the passes that were computed and those that were reused;
+    ``formats`` counts the matrices of the transformers by their format. Bytes; peaks are None where
+    the system does not tell.
 
     ``pinned_bytes`` is the most host memory that was pinned at once, ``unpinned_blocks`` how many
     swapped blocks were copied from ordinary memory; ``memory_notes`` sentences on what was not as
@@ -56,6 +58,7 @@ class Measured:
     pinned_bytes: int = 0
     unpinned_blocks: int = 0
     memory_notes: tuple[str, ...] = ()
+    forwards: Forwards = field(default_factory=Forwards)
 
 
 def planned_changes(plan: Plan) -> tuple[Change, ...]:
@@ -72,6 +75,18 @@ def attention_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -
         "ran": [dict(row) for row in measured.ran],
         "fallbacks": [change.to_json() for change in changes if change.part == "attention"],
         "emulated": any(row["implementation"] in emulations for row in measured.ran),
+    }
+
+
+def cache_facts(plan: Plan, measured: Measured) -> dict[str, Any] | None:
+    """What the step cache left out; None without one."""
+    if plan.cache is None:
+        return None
+    return {
+        "requested": str(plan.cache.cache),
+        "forwards": measured.forwards.count,
+        "reused": measured.forwards.reused,
+        "steps": list(measured.forwards.steps()),
     }
 
 
@@ -112,6 +127,7 @@ def make_report(
         "requested": request_to_json(plan.request),
         "plan": plan_to_json(plan),
         "attention": attention_facts(plan, changes, measured),
+        "cache": cache_facts(plan, measured),
         "weights": weights_facts(plan, changes, measured),
         "memory": {
             "peak_device_bytes": measured.peak_device_bytes,

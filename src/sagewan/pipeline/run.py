@@ -18,6 +18,7 @@ from sagewan.pipeline.report import (
     Change,
     Measured,
     attention_facts,
+    cache_facts,
     make_report,
     output_facts,
     planned_changes,
@@ -211,6 +212,7 @@ class _Run:
     def _measured(self) -> Measured:
         return Measured(
             ran=tuple(self.launcher.ran()),
+            forwards=self.components.forwards,
             weight_bytes=self.components.weight_bytes,
             formats=self.components.formats,
             multiplied=tuple(self.components.multiplier.ran()),
@@ -228,6 +230,7 @@ class _Run:
         facts = {
             "plan": plan_to_json(self.plan),
             "attention": attention_facts(self.plan, self.changes, self._measured()),
+            "cache": cache_facts(self.plan, self._measured()),
             "weights": weights_facts(self.plan, self.changes, self._measured()),
             "software": software(self.prepared.decision.hardware),
         }

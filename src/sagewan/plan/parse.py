@@ -9,6 +9,7 @@ from sagewan.plan.lora import Lora
 from sagewan.plan.modes import AUTO
 from sagewan.plan.request import Ends, parse_layers, parse_size
 from sagewan.plan.serialize import field_types
+from sagewan.plan.step_cache import StepCache
 
 
 def _whole_number(text: str) -> int:
@@ -24,12 +25,16 @@ PARSE: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     float: (float, "a number"),
     Path: (Path, "a file"),
     Ends: (Ends.parse, "MODE:FIRST,LAST"),
+    StepCache: (StepCache.parse, "METHOD:THRESHOLD"),
     tuple[int, int]: (parse_size, "WIDTHxHEIGHT"),
     tuple[int, ...]: (parse_layers, "layer numbers"),
     tuple[Lora, ...]: (lambda texts: tuple(map(Lora.parse, texts)), "FILE or FILE:STRENGTH"),
 }
 # Fields of numbers that are found by the plan where they are not given.
 _NONE_IS_AUTO = ("block_swap",)
+# Fields that are off unless chosen, and can be turned off again.
+_NONE_IS_OFF = ("cache",)
+OFF = "none"
 # The types of fields that take several texts, one for each item.
 REPEATED = (tuple[Lora, ...],)
 
@@ -39,7 +44,7 @@ def parsed(field: str, value: Any) -> Any:
     the fix, if it is of another kind."""
     if isinstance(value, bool):
         return value
-    if field in _NONE_IS_AUTO and value == AUTO:
+    if (field in _NONE_IS_AUTO and value == AUTO) or (field in _NONE_IS_OFF and value == OFF):
         return None
     parse, kind = PARSE[field_types()[field]]
     try:

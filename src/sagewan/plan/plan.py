@@ -13,6 +13,7 @@ from sagewan.plan.memory import MemoryPlan, Needs, memory_notes, plan_memory
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
 from sagewan.plan.modes import AUTO, MODES, PRESETS, Preset, Quality
 from sagewan.plan.request import Request
+from sagewan.plan.step_cache import CachePlan, plan_cache
 from sagewan.plan.weights import (
     QUANTIZED_AS,
     Situation,
@@ -36,6 +37,11 @@ class Steps:
     cfg: float
     cfg_2: float | None
     boundary: float | None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a step: two where guidance compares with and without the prompt."""
+        return 2 if max(self.cfg, self.cfg_2 or 0.0) > 1 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,7 @@ class Plan:
     attention: AttentionPlan
     weights: WeightsPlan
     memory: MemoryPlan
+    cache: CachePlan | None = None
     loras: tuple[LoraFile, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -129,6 +136,7 @@ def make_plan(
         attention=attention,
         weights=weights,
         memory=memory,
+        cache=plan_cache(request.cache, steps.count, steps.passes),
         loras=loras,
     )
     swap = preset.block_swap if preset else None
@@ -258,6 +266,11 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
             f"{plan.grid_size[0]}x{plan.grid_size[1]} and cropped"
         )
     yield from _lora_notes(plan)
+    if plan.cache and not plan.cache.reusable:
+        yield (
+            f"the step cache {plan.cache.cache} can leave out none of {plan.steps.count} steps: "
+            f"the first {plan.cache.first} and the last are always computed"
+        )
     if plan.steps.scheduler == "lcm" and not any(file.schedule for file in plan.loras):
         yield "the scheduler lcm is for distilled checkpoints: others come out unfinished"
     yield from _weights_notes(plan)

@@ -12,6 +12,7 @@ from pathlib import Path
 from sagewan.errors import RequestError
 from sagewan.plan.lora import Lora
 from sagewan.plan.modes import AUTO, MODES, PRESETS
+from sagewan.plan.step_cache import StepCache
 
 SCHEDULERS = ("unipc", "euler", "dpm++2m", "lcm", "flow-euler")
 NO_QUANTIZATION = "none"
@@ -65,6 +66,7 @@ class Request:
     attention_keep_layers: tuple[int, ...] = ()
     quantization: str | None = None
     block_swap: int | None = None
+    cache: StepCache | None = None
     lora: tuple[Lora, ...] = ()
     steps: int | None = None
     cfg: float | None = None

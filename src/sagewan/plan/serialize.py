@@ -19,6 +19,7 @@ from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Ends, Request
 from sagewan.plan.speed import estimated_seconds
+from sagewan.plan.step_cache import CachePlan, StepCache
 from sagewan.plan.weights import WeightsPlan
 
 # Raised when a field changes its meaning; a field more is only refused, by name.
@@ -68,6 +69,7 @@ _READ: Mapping[Any, Callable[[Any], object | None]] = {
     bool: lambda value: value if isinstance(value, bool) else None,
     Path: lambda value: Path(value) if isinstance(value, str) else None,
     Ends: lambda value: Ends.parse(value) if isinstance(value, str) else None,
+    StepCache: lambda value: StepCache.parse(value) if isinstance(value, str) else None,
     tuple[int, int]: _pair,
     tuple[int, ...]: _integers,
     tuple[Lora, ...]: _loras,
@@ -151,6 +153,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "cfg_2": plan.steps.cfg_2,
             "boundary": plan.steps.boundary,
         },
+        "cache": plan.cache and _cache(plan.cache),
         "attention": _attention(plan),
         "weight_bytes": plan.weight_bytes,
         "weights": _weights(plan.weights),
@@ -158,6 +161,16 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "seconds": estimated_seconds(plan),
         "lora": [file.to_json() for file in plan.loras],
         "notes": list(plan.notes),
+    }
+
+
+def _cache(cache: CachePlan) -> dict[str, Any]:
+    return {
+        "requested": str(cache.cache),
+        "first": cache.first,
+        "last": cache.last,
+        "forwards": cache.forwards,
+        "reusable": cache.reusable,
     }
 
 
@@ -247,6 +260,6 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, Path | Ends | Lora):
+    if isinstance(value, Path | Ends | StepCache | Lora):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

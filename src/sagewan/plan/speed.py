@@ -84,13 +84,13 @@ def card_of(device: Device) -> str | None:
 
 
 def estimated_seconds(plan: Plan) -> float | None:
-    """Seconds of denoising and decoding by the card's listed rates; None for one not listed."""
+    """Seconds of denoising and decoding by the card's listed rates; None for one not listed. With
+    a step cache at most so many: what it reuses is not known beforehand."""
     card = card_of(plan.device)
     if card is None:
         return None
     rate, steps = RATES[card], plan.steps
-    scales = [steps.cfg if steps.cfg_2 is None else max(steps.cfg, steps.cfg_2)]
-    passes = steps.count * (2 if max(scales) > 1 else 1)
+    passes = steps.count * steps.passes
     swapped = plan.memory.block_swap * _block_bytes(plan)
     forward = max(_forward_seconds(plan, rate), swapped / _LINK)
     return passes * forward + _decode_seconds(plan, rate)

@@ -140,12 +140,8 @@ class _Page:
                 )
 
     def _weights(self) -> None:
-        present = [
-            name for name in ("quantization", "block_swap", "cache") if name in field_types()
-        ]
-        if present:
-            with self._group("section.weights"):
-                self._rows(tuple(present))
+        with self._group("section.weights"):
+            self._rows(("quantization", "block_swap", "cache"))
 
     def _rows(self, names: tuple[str, ...], across: int = 3) -> None:
         for start in range(0, len(names), across):

@@ -184,9 +184,14 @@ def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
     if plan.memory.on_device:
         swapped = words("plan.swapped", count=plan.memory.block_swap, blocks=plan.model.layers)
         lines.append((words("field.block_swap"), swapped))
+    if plan.cache:
+        reusable, forwards = plan.cache.reusable, plan.cache.forwards
+        told = words("plan.reusable", cache=plan.cache.cache, reusable=reusable, forwards=forwards)
+        lines.append((words("field.cache"), told))
     seconds = estimated_seconds(plan)
     if seconds is not None:
-        lines.append((words("plan.time"), words("plan.about", time=words.seconds(seconds))))
+        about = "plan.at_most" if plan.cache else "plan.about"
+        lines.append((words("plan.time"), words(about, time=words.seconds(seconds))))
     if plan.attention.ends:
         counts = words("plan.ends", first=plan.attention.first, last=plan.attention.last)
         lines.insert(2, (counts, plan.attention.ends.row.mode))

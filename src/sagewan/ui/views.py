@@ -130,9 +130,19 @@ def _notes(job: Job, words: Words) -> list[str]:
         steps = plan.get("attention", {}).get("fallbacks", [])
     return [
         *fallback_notes(steps, words),
+        *_reused(report, words),
         *(words.sentence(note) for note in plan.get("notes", [])),
         *(words.sentence(note) for note in report.get("memory", {}).get("notes", [])),
     ]
+
+
+def _reused(report: Mapping[str, Any], words: Words) -> list[str]:
+    """What a step cache left out."""
+    cache = report.get("cache")
+    if not cache:
+        return []
+    counts = {"reused": cache["reused"], "forwards": cache["forwards"]}
+    return [words("job.reused", cache=cache["requested"], **counts)]
 
 
 def fallback_notes(steps: Iterable[Mapping[str, Any]], words: Words) -> list[str]:

@@ -149,6 +149,7 @@ _MAKE: Mapping[str, Callable[[Words, dict[str, Any]], Any]] = {
     "attention_keep_layers": _text(),
     "quantization": _choice(_named(*QUANTIZATIONS)),
     "block_swap": _text(),
+    "cache": _text(),
     "lora": _loras,
     "lora.strength": _text(),
     "steps": _text(),

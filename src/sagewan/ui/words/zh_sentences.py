@@ -89,6 +89,8 @@ ZH_SENTENCES: Mapping[str, str] = {
     "{} is not valid Unicode: type it again, or save it as UTF-8": "{} 不是有效的 Unicode：请重新输入，或存为 UTF-8",
     "{}={}: it must be from {} to {}": "{}={}：必须在 {} 到 {} 之间",
     "attention_ends={}: write MODE:FIRST,LAST, such as sageattn_3:2,1": "attention_ends={}：请写成 模式:开头,结尾，例如 sageattn_3:2,1",
+    "cache={}: write METHOD:THRESHOLD with a threshold above 0 and up to 1, such as easy:0.05 (methods: {})": "cache={}：请写成 方法:阈值，阈值大于 0 且不超过 1，例如 easy:0.05（方法：{}）",
+    "the step cache {} can leave out none of {} steps: the first {} and the last are always computed": "步缓存 {} 在 {} 步中一步也省不了：开头 {} 步和最后一步总要计算",
     "prompt is empty: say what the video should show": "prompt 为空：请写下视频要展示什么",
     "frames={}: Wan makes 4n+1 frames; try {}": "frames={}：Wan 生成 4n+1 帧；试试 {}",
     "last_image needs image as well: give the first picture too": "last_image 还需要 image：请同时给出首帧图片",

@@ -1,0 +1,133 @@
+"""Leaving out calls of the transformer whose answer is known well enough, and saying which.
+
+When is EasyCache's rule (arXiv:2507.02860), written anew: from one step to the next the answer v
+changes at a nearly constant rate of the change of the latents x, so that its change can be told
+before it is computed; while the sum of what is told, relative to v, stays below the threshold, the
+step is not computed. What takes its place is the last computed v: EasyCache adds the last v − x to
+the latents, but a flow is nearly straight, so that v changes less (docs/decisions/0008).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sagewan.plan.step_cache import CachePlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROMPT, NEGATIVE = "prompt", "negative"
+# Nothing is divided by less.
+_LEAST = 1e-12
+
+
+class Forwards:
+    """Which forward passes of a run were computed, and which were reused; a step that is made again
+    counts once, as it was made last."""
+
+    def __init__(self) -> None:
+        self._reused: dict[tuple[int, str], bool] = {}
+
+    def note(self, step: int, part: str, *, reused: bool) -> None:
+        """One of guidance's passes at a step (from 0)."""
+        self._reused[step, part] = reused
+
+    @property
+    def count(self) -> int:
+        return len(self._reused)
+
+    @property
+    def reused(self) -> int:
+        """How many were not computed."""
+        return sum(self._reused.values())
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps, from 1, at which any was reused."""
+        return tuple(sorted({step + 1 for (step, _), reused in self._reused.items() if reused}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Course:
+    """The prompt's pass through one expert: the ``latents`` it was last given, the ``answer`` it
+    gave, both [B, C, F, H, W] float32; the ``rate`` |Δv| / |Δx| of the last computed answer from
+    the one before, None for the first; and the ``error`` that is told since."""
+
+    latents: "Tensor"
+    answer: "Tensor"
+    rate: float | None = None
+    error: float = 0.0
+
+    def computed(self, latents: "Tensor", answer: "Tensor") -> "_Course":
+        """As it goes on with a new answer."""
+        moved = max(_size(latents - self.latents), _LEAST)
+        return _Course(latents=latents, answer=answer, rate=_size(answer - self.answer) / moved)
+
+    def reused(self, latents: "Tensor") -> "_Course | None":
+        """As it goes on with its last answer, None where nothing can be told of the error."""
+        if self.rate is None:
+            return None
+        told = self.rate * _size(latents - self.latents) / max(_size(self.answer), _LEAST)
+        return replace(self, latents=latents, error=self.error + told)
+
+
+class Reuse:
+    """Decides for each step whether it is computed: by the pass with the prompt, which the other
+    follows, because guidance multiplies their difference. The state is of one run, and can be
+    copied: what is in it is never changed."""
+
+    def __init__(self, plan: CachePlan | None, forwards: Forwards) -> None:
+        self._plan = plan
+        self._forwards = forwards
+        self._courses: dict[int, _Course] = {}
+        self._negatives: dict[int, Tensor] = {}
+        self._reusing = False
+
+    def copy(self) -> "Reuse":
+        """The same state, unharmed by later steps of this one."""
+        other = Reuse(self._plan, self._forwards)
+        other._courses, other._negatives = dict(self._courses), dict(self._negatives)
+        return other
+
+    def forward(
+        self, step: int, expert: int, part: str, latents: "Tensor", compute: "Callable[[], Tensor]"
+    ) -> "Tensor":
+        """The answer of an expert to these latents at a step (from 0), in one of guidance's passes,
+        the prompt's first: computed, or its last one."""
+        if self._plan is None:
+            answer = compute()
+        elif part == PROMPT:
+            answer = self._prompt(self._plan, step, expert, latents, compute)
+        else:
+            answer = self._negative(expert, compute)
+        self._forwards.note(step, part, reused=self._reusing)
+        return answer
+
+    def _prompt(
+        self,
+        plan: CachePlan,
+        step: int,
+        expert: int,
+        latents: "Tensor",
+        compute: "Callable[[], Tensor]",
+    ) -> "Tensor":
+        course = self._courses.get(expert)
+        following = None if course is None or plan.always(step) else course.reused(latents)
+        if following and following.error >= plan.cache.threshold:
+            following = None
+        self._reusing = following is not None
+        if following is None:
+            answer = compute()
+            first = _Course(latents=latents, answer=answer)
+            following = course.computed(latents, answer) if course else first
+        self._courses[expert] = following
+        return following.answer
+
+    def _negative(self, expert: int, compute: "Callable[[], Tensor]") -> "Tensor":
+        self._reusing = self._reusing and expert in self._negatives
+        if not self._reusing:
+            self._negatives[expert] = compute()
+        return self._negatives[expert]
+
+
+def _size(x: "Tensor") -> float:
+    return float(x.abs().mean())

@@ -1,0 +1,62 @@
+"""What a step cache may leave out, before anything runs."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sagewan.errors import RequestError
+from sagewan.plan.evidence import Evidence
+from sagewan.plan.plan import make_plan
+from sagewan.plan.request import Request
+from sagewan.plan.serialize import plan_to_json
+from sagewan.plan.speed import estimated_seconds
+from sagewan.plan.step_cache import StepCache, plan_cache
+from tests.machines import DEMO, WAN_14B, machine
+
+EASY = StepCache.parse("easy:0.05")
+
+
+@given(st.floats(1e-6, 1))
+def test_a_cache_is_read_as_it_is_written(threshold: float) -> None:
+    cache = StepCache(method="easy", threshold=float(f"{threshold:.10g}"))
+    assert StepCache.parse(str(cache)) == cache
+
+
+@pytest.mark.parametrize("text", ["", "easy", "easy:", "easy:0", "easy:-1", "easy:2", "tea:0.1"])
+def test_what_is_no_cache_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(RequestError, match=r"such as easy:0\.05"):
+        StepCache.parse(text)
+
+
+@given(st.integers(1, 1000), st.integers(1, 2))
+def test_the_first_and_last_steps_are_computed_and_the_rest_may_be_reused(
+    steps: int, branches: int
+) -> None:
+    plan = plan_cache(EASY, steps, branches)
+    assert plan is not None
+    free = [step for step in range(steps) if not plan.always(step)]
+    assert plan.reusable == branches * len(free)
+    assert plan.forwards == branches * steps
+    assert not {0, 1, steps - 1} & set(free)
+    if steps >= 5:
+        assert free
+
+
+def test_a_plan_says_what_can_be_reused_at_most_and_where_that_is_nothing() -> None:
+    request = Request(prompt="a red ball", steps=16, cache=EASY, attention="sdpa")
+    plan = make_plan(request, DEMO, machine(), Evidence())
+    assert plan.cache
+    assert plan_to_json(plan)["cache"]["reusable"] == plan.cache.reusable > 0
+    few = make_plan(replace(request, steps=3), DEMO, machine(), Evidence())
+    assert any("can leave out none of 3 steps" in note for note in few.notes)
+    assert not any("leave out" in note for note in plan.notes)
+
+
+def test_the_time_stays_that_of_every_step() -> None:
+    request = Request(prompt="a red ball", attention="sdpa")
+    card = machine("H100")
+    plain = make_plan(request, WAN_14B, card, Evidence())
+    cached = make_plan(replace(request, cache=EASY), WAN_14B, card, Evidence())
+    assert estimated_seconds(cached) == estimated_seconds(plain)

@@ -145,11 +145,11 @@ def parts() -> list[dict[str, Any]]:
     for inputs, outputs in SHAPES[:2]:
         x = torch.randn(TOKENS, inputs, device="cuda", dtype=torch.bfloat16)
         weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)
-        data, scale = quantize_rows(x)
+        rows8 = quantize_rows(x)
         fp8, fp4 = pack(weight, "float8_e4m3fn"), pack(weight, "nvfp4")
         steps: dict[str, Callable[[], Any]] = {
             "quantise the input": partial(quantize_rows, x),
-            "FP8 product": partial(matmul.product_of_rows, data, scale, fp8.data, fp8.scale, None),
+            "FP8 product": partial(matmul.product_of_rows, rows8, fp8.data, fp8.scale, None),
             "FP4 to FP8": partial(unpack_e4m3, fp4.data, fp4.scale, fp4.shape),
         }
         for name, run in steps.items():

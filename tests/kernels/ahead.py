@@ -24,6 +24,7 @@ from sagewan.kernels import (
     prepare,
     prepare_fp4,
     thin_linear,
+    token_rows,
 )
 from sagewan.kernels import launch as launching
 
@@ -56,6 +57,7 @@ _LAUNCHERS: tuple[Any, ...] = (
     fp8_linear,
     nvfp4_unpack,
     thin_linear,
+    token_rows,
 )
 _DIVISIBLE = [["tt.divisibility", 16]]
 

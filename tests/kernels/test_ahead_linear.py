@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from sagewan.kernels import fp8_linear, nvfp4_unpack, thin_linear
+from sagewan.kernels import fp8_linear, nvfp4_unpack, thin_linear, token_rows
+from sagewan.kernels.fp8_rows import Fp8Rows
+from sagewan.kernels.token_rows import Norm, Residual
 from sagewan.plan.linear import LINEAR_ROWS
 from tests.kernels.ahead import SHARED_MEMORY, build, record
 
@@ -21,11 +23,39 @@ ONE, ROWS = empty(dtype=torch.float32), empty(5120, 1, dtype=torch.float32)
 FP8 = empty(5120, 5120, dtype=torch.float8_e4m3fn)
 BIAS = empty(5120)
 SHAPE = (5120, 5120)
+ONE_ROW = empty(5120, dtype=torch.float32)
+HIDDEN, VECTORS = empty(1, 40, 5120), empty(1, 6, 5120, dtype=torch.float32)
+HEADS, ANGLES = empty(1, 40, 40, 128), empty(1, 40, 1, 128, dtype=torch.float32)
+NORM = Norm(eps=1e-6, shift=VECTORS[:, 0], scale=VECTORS[:, 1])
+ROWS_8 = Fp8Rows(
+    empty(1, 40, 5120, dtype=torch.float8_e4m3fn), empty(1, 40, 1, dtype=torch.float32)
+)
 
 # What is launched → (the row that claims it, the launcher).
 LAUNCHERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "quantize": ("torch.fp8_rows", lambda: fp8_linear.quantize_rows(X)),
     "quantize_wide": ("torch.fp8_rows", lambda: fp8_linear.quantize_rows(empty(40, 13824))),
+    "quantize_gelu": (
+        "torch.fp8_rows",
+        lambda: fp8_linear.quantize_rows(empty(40, 13824), gelu=True),
+    ),
+    "norm_fp8": ("torch.fp8_rows", lambda: token_rows.add_and_norm(HIDDEN, NORM, ROWS_8)),
+    "add_norm_fp8": (
+        "torch.fp8_rows",
+        lambda: token_rows.add_and_norm(
+            HIDDEN, NORM, ROWS_8, Residual(y=HIDDEN, gate=VECTORS[:, 5])
+        ),
+    ),
+    "add_norm_16": (
+        "sagewan.nvfp4_unpacked",
+        lambda: token_rows.add_and_norm(
+            HIDDEN, Norm(eps=1e-6, weight=ONE_ROW, bias=ONE_ROW), HIDDEN, Residual(y=HIDDEN)
+        ),
+    ),
+    "rotate": (
+        "sagewan.nvfp4_unpacked",
+        lambda: token_rows.norm_and_rotate(HEADS, HEADS, BIAS, 1e-6, (ANGLES, ANGLES)),
+    ),
     "to_fp8": (
         "torch.fp8_rows_of_nvfp4",
         lambda: nvfp4_unpack.unpack_e4m3(DATA, SCALE, SHAPE),
@@ -55,5 +85,5 @@ def test_it_compiles_and_keeps_its_values_in_registers(name: str, sm: int) -> No
     assert bool(kernel.products()) is thin
     if thin:
         assert all("bf16" in p or "kind::f16" in p for p in kernel.products()), kernel.products()
-    if name in ("quantize", "quantize_wide", "to_fp8"):
+    if name.startswith("quantize") or (name.endswith("fp8") and not thin):
         assert "cvt.rn.satfinite.e4m3x2" in kernel.ptx

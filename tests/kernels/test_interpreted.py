@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("file", ["interpreted.py", "interpreted_linear.py"])
+@pytest.mark.parametrize(
+    "file", ["interpreted.py", "interpreted_linear.py", "interpreted_block.py"]
+)
 # A minute of two idle cores; the limit is for busy ones.
 @pytest.mark.timeout(900)
 def test_kernels_under_the_interpreter(file: str) -> None:

@@ -4,42 +4,62 @@ A block holds a whole row in its registers: it is read once, its largest value f
 once. For 8.9 and newer, whose hardware converts to e4m3. NaN and infinities become NaN.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sagewan.errors import ShapeError
+from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.kernels.launch import Schedule, launch
 
 MAX_COLUMNS = 65536
 _HIGHEST = tl.constexpr(448.0)
+_ROOT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] in 16 or 32 bit → data float8_e4m3fn [M, K] and scale float32 [M, 1], largest / 448.
+def schedule_for(block: int) -> Schedule:
+    """32 values a thread: two blocks and more share a multiprocessor."""
+    return Schedule(warps=max(1, min(16, block // 1024)))
+
+
+def quantize_rows(x: Tensor, *, gelu: bool = False) -> Fp8Rows:
+    """x [..., K] in 16 or 32 bit → its rows as FP8, scale largest / 448; with ``gelu`` after the
+    approximation of GELU by tanh, computed in float32.
 
     Raises ShapeError for more columns than a block holds.
     """
-    rows, columns = x.shape
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
     if columns > MAX_COLUMNS:
         raise ShapeError(f"{columns} columns: the kernel takes up to {MAX_COLUMNS}")
-    x = x if x.stride(1) == 1 else x.contiguous()
-    data = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    flat = x.reshape(-1, columns)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    out = Fp8Rows.empty(*x.shape, device=x.device)
     block = triton.next_power_of_2(columns)
     arguments = {
-        "x": x,
-        "stride": x.stride(0),
-        "data": data,
-        "scale": scale,
+        "x": flat,
+        "stride": flat.stride(0),
+        "data": out.data,
+        "scale": out.scale,
         "columns": columns,
+        "GELU": gelu,
         "BLOCK": block,
     }
-    # 32 values a thread: two blocks and more share a multiprocessor.
-    schedule = Schedule(warps=max(1, min(16, block // 1024)))
-    launch(_quantize_rows_kernel, (rows,), x.device, arguments, schedule)
-    return data, scale
+    launch(_quantize_rows_kernel, (rows,), x.device, arguments, schedule_for(block))
+    return out
+
+
+@triton.jit
+def row_scale(values):
+    """[K] float32 → the scale of the row."""
+    largest = tl.max(tl.abs(values), 0)
+    # A NaN is no maximum; it stays a NaN in its place.
+    return tl.where(largest > 0, largest / _HIGHEST, 1.0)
+
+
+@triton.jit
+def e4m3(values, scale):
+    scaled = tl.clamp(values / scale, -_HIGHEST, _HIGHEST, propagate_nan=tl.PropagateNan.ALL)
+    return scaled.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -48,15 +68,17 @@ def _quantize_rows_kernel(
     data,  # [M, K] float8_e4m3fn
     scale,  # [M] float32
     columns,
-    BLOCK: tl.constexpr,
+    GELU: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     places = tl.arange(0, BLOCK)
     inside = places < columns
     values = tl.load(x + row * stride + places, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(values), 0)
-    # A NaN is no maximum; it stays a NaN in its place.
-    step = tl.where(largest > 0, largest / _HIGHEST, 1.0)
+    if GELU:
+        # ½·(1 + tanh(u)) is the logistic function of 2u.
+        u = _ROOT_2_OVER_PI * (values + 0.044715 * values * values * values)
+        # Beyond e⁸⁰ float32 would overflow, and the quotient is nothing long before.
+        values = values / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))
+    step = row_scale(values)
     tl.store(scale + row, step)
-    scaled = tl.clamp(values / step, -_HIGHEST, _HIGHEST, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(data + row * columns + places, scaled.to(tl.float8e4nv), mask=inside)
+    tl.store(data + row * columns + places, e4m3(values, step), mask=inside)

@@ -44,50 +44,32 @@ class Block:
     def _attend_to_self(self, hidden: Tensor, times: Modulation, rotary: Rotary) -> None:
         block, attn = self.block, self.block.attn1
         cos, sin = rotary
-        q, k, v = (hidden.new_empty(self._by_heads(hidden, attn)) for _ in range(3))
+        q, k, v = (hidden.new_empty(by_heads(hidden, attn)) for _ in range(3))
         for start, stop in self._chunks(hidden):
             shift, scale, *_ = times.at(start, stop)
             x = modulated(block.norm1, hidden[:, start:stop], shift, scale)
             here = cos[:, start:stop], sin[:, start:stop]
-            rotate(_heads(attn.norm_q(attn.to_q(x)), attn), *here, out=q[:, start:stop])
-            rotate(_heads(attn.norm_k(attn.to_k(x)), attn), *here, out=k[:, start:stop])
-            v[:, start:stop] = _heads(attn.to_v(x), attn)
+            rotate(heads_of(attn.norm_q(attn.to_q(x)), attn), *here, out=q[:, start:stop])
+            rotate(heads_of(attn.norm_k(attn.to_k(x)), attn), *here, out=k[:, start:stop])
+            v[:, start:stop] = heads_of(attn.to_v(x), attn)
             del x
-        out = self._attended(q, k, v)
+        out = attend_in_groups(self.attention, self.layer, q, k, v)
         del q, k, v
         for start, stop in self._chunks(hidden):
             gate = times.at(start, stop)[2]
             y = _projected(attn, out[:, start:stop].flatten(2).to(hidden.dtype))
             _add_gated(hidden[:, start:stop], y, gate)
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, N, H, D] → [B, N, H, D]; q is overwritten where heads come in groups."""
-        heads = self.attention.turn.heads
-        count = q.shape[2]
-        if heads is None or heads >= count:
-            heads = count
-        for first in range(0, count, heads):
-            group = [x[:, :, first : first + heads].transpose(1, 2) for x in (q, k, v)]
-            out = self.attention.attend(group[0], group[1], group[2], self.layer)
-            if heads == count:
-                return out.transpose(1, 2)
-            q[:, :, first : first + heads] = out.transpose(1, 2)
-        return q
-
     def _attend_to_text(self, hidden: Tensor, text: Tensor) -> None:
         """Each token's attention is its own affair, so tokens come in chunks here too. Torch's
         SDPA in the model's dtype: it is under 2 % of the time."""
         block, attn = self.block, self.block.attn2
-        known = _text_keys(attn, text)
+        known = text_keys(attn, text)
         for start, stop in self._chunks(hidden):
             here = hidden[:, start:stop]
             x = block.norm2(here.float()).type_as(hidden)
-            q = _heads(attn.norm_q(attn.to_q(x)), attn)
-            # Two attentions, summed: the picture's tokens don't compete with the text's.
-            y = _attend(q, *known[0])
-            for keys in known[1:]:
-                y = y + _attend(q, *keys)
-            here.copy_(here + _projected(attn, y))
+            q = heads_of(attn.norm_q(attn.to_q(x)), attn)
+            here.copy_(here + _projected(attn, attend_to(q, known)))
 
     def _feed_forward(self, hidden: Tensor, times: Modulation) -> None:
         block = self.block
@@ -99,10 +81,20 @@ class Block:
     def _chunks(self, hidden: Tensor) -> list[tuple[int, int]]:
         return chunks(hidden.shape[1], self.attention.turn.chunk)
 
-    @staticmethod
-    def _by_heads(hidden: Tensor, attn: Any) -> tuple[int, int, int, int]:
-        batch, tokens, width = hidden.shape
-        return batch, tokens, attn.heads, width // attn.heads
+
+def attend_in_groups(attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v [B, N, H, D] → [B, N, H, D]; q is overwritten where heads come in groups."""
+    heads = attention.turn.heads
+    count = q.shape[2]
+    if heads is None or heads >= count:
+        heads = count
+    for first in range(0, count, heads):
+        group = [x[:, :, first : first + heads].transpose(1, 2) for x in (q, k, v)]
+        out = attention.attend(group[0], group[1], group[2], layer)
+        if heads == count:
+            return out.transpose(1, 2)
+        q[:, :, first : first + heads] = out.transpose(1, 2)
+    return q
 
 
 def chunks(tokens: int, size: int | None) -> list[tuple[int, int]]:
@@ -141,23 +133,38 @@ def _add_gated(hidden: Tensor, y: Tensor, gate: Tensor) -> None:
     hidden.copy_((y * gate).add_(hidden))
 
 
-def _text_keys(attn: Any, text: Tensor) -> list[tuple[Tensor, Tensor]]:
+def text_keys(attn: Any, text: Tensor) -> list[tuple[Tensor, Tensor]]:
     """K and V of the text and, in Wan 2.1, of the picture before it."""
     picture = None
     if attn.add_k_proj is not None:
         split = text.shape[1] - TEXT_TOKENS
         picture, text = text[:, :split], text[:, split:]
-    known = [(_heads(attn.norm_k(attn.to_k(text)), attn), _heads(attn.to_v(text), attn))]
+    known = [(heads_of(attn.norm_k(attn.to_k(text)), attn), heads_of(attn.to_v(text), attn))]
     if picture is not None:
-        k = _heads(attn.norm_added_k(attn.add_k_proj(picture)), attn)
-        known.append((k, _heads(attn.add_v_proj(picture), attn)))
+        k = heads_of(attn.norm_added_k(attn.add_k_proj(picture)), attn)
+        known.append((k, heads_of(attn.add_v_proj(picture), attn)))
     return known
 
 
-def _heads(x: Tensor, attn: Any) -> Tensor:
+def by_heads(hidden: Tensor, attn: Any) -> tuple[int, int, int, int]:
+    """The shape of Q of a hidden state [B, N, W]."""
+    batch, tokens, width = hidden.shape
+    return batch, tokens, attn.heads, width // attn.heads
+
+
+def heads_of(x: Tensor, attn: Any) -> Tensor:
     """[B, N, H·D] → [B, N, H, D]."""
     split: Tensor = x.unflatten(2, (attn.heads, -1))
     return split
+
+
+def attend_to(q: Tensor, known: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """q [B, N, H, D] and the keys and values of text and picture → [B, N, H·D]."""
+    # Two attentions, summed: the picture's tokens don't compete with the text's.
+    y = _attend(q, *known[0])
+    for keys in known[1:]:
+        y = y + _attend(q, *keys)
+    return y
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from sagewan.attention.launch import failed, is_out_of_memory
 from sagewan.attention.resolve import Function, ImplementationError, load, name_of
 from sagewan.checkpoint.packed import FP8_DTYPES, Packed
+from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.model.matmul import unpacked
 from sagewan.plan.layers import role_of
 from sagewan.plan.linear import LinearRow
 from sagewan.plan.weights import WeightsPlan
 
 _FIELDS = ("data", "scale", "tensor_scale", "pre_scale")
-Multiply = Callable[[Tensor, Packed, Tensor | None], Tensor]
+Multiply = Callable[[Any, Packed, Tensor | None], Tensor]
 
 
 class QuantLinear(nn.Linear):
@@ -48,6 +50,18 @@ class QuantLinear(nn.Linear):
         own = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         self.register_parameter("bias", own)
         self.multiply: Multiply = unpacked
+        self.multiplies_fp8 = False
+
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether :meth:`of_fp8` gives what the layer does: nothing else looks at its input."""
+        return self.multiplies_fp8 and self.pre_scale is None and not self._forward_hooks
+
+    def of_fp8(self, x: Fp8Rows) -> Tensor:
+        """As the layer's forward pass, for an input [..., K] that is FP8 already."""
+        rows = Fp8Rows(x.data.view(-1, self.in_features), x.scale.view(-1, 1))
+        out: Tensor = self.multiply(rows, self.packed, self.bias)
+        return out.view(*x.data.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -111,6 +125,7 @@ class Multiplier:
                 if row.low and module.full_precision:
                     row = plan.precise(module.format)
                 module.multiply = self._counting(row, module.format)
+                module.multiplies_fp8 = row.takes_fp8
 
     def ran(self) -> list[dict[str, object]]:
         """What multiplied and how often, for the report, the most frequent first."""
@@ -134,7 +149,7 @@ class Multiplier:
         self._functions[row.name] = function
         key = name_of(function, row), format_, row.compute
 
-        def multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        def multiply(x: Tensor | Fp8Rows, packed: Packed, bias: Tensor | None) -> Tensor:
             try:
                 out: Tensor = function(x, packed, bias)
             except Exception as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sagewan.checkpoint.packed import Packed, unpack
 from sagewan.errors import ShapeError
+from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.reference import formats
 
 
@@ -23,23 +24,18 @@ def unpacked(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, _like(bias, x))
 
 
-def fp8_rows(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """FP8 by FP8: x is rounded to e4m3 with a scale per row, in one pass."""
-    from sagewan.kernels.fp8_linear import quantize_rows
-
-    data, scale = quantize_rows(x)
-    return product_of_rows(data, scale, packed.data, _scale(packed), _like(bias, x))
+def fp8_rows(x: Tensor | Fp8Rows, packed: Packed, bias: Tensor | None) -> Tensor:
+    """FP8 by FP8: x is rounded to e4m3 with a scale per row, in one pass, if it is not so yet."""
+    return product_of_rows(_as_fp8(x), packed.data, _scale(packed), bias)
 
 
-def fp8_rows_of_nvfp4(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def fp8_rows_of_nvfp4(x: Tensor | Fp8Rows, packed: Packed, bias: Tensor | None) -> Tensor:
     """As :func:`fp8_rows`, of an FP4 weight, which becomes e4m3 for the moment of the product."""
-    from sagewan.kernels.fp8_linear import quantize_rows
     from sagewan.kernels.nvfp4_unpack import E4M3_STEPS, unpack_e4m3
 
     weight = unpack_e4m3(packed.data, _scale(packed), packed.shape)
-    data, scale = quantize_rows(x)
     rows = (_tensor_scale(packed) * E4M3_STEPS).expand(packed.shape[0], 1).contiguous()
-    return product_of_rows(data, scale, weight, rows, _like(bias, x))
+    return product_of_rows(_as_fp8(x), weight, rows, bias)
 
 
 def nvfp4_unpacked(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -84,20 +80,26 @@ def emulated_nvfp4(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def product_of_rows(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    x: Fp8Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """e4m3 [M, K] and [N, K] with float32 scales [M, 1] and [N, 1] → bfloat16 [M, N]."""
+    """Rows [M, K] by e4m3 [N, K] with float32 scales [N, 1] → bfloat16 [M, N]."""
     # Its fast accumulation adds in the tensor core's 14 bits, an error far below e4m3's own.
     out: Tensor = torch._scaled_mm(  # noqa: SLF001 torch.nn.functional.scaled_mm lacks a fast mode
-        x,
+        x.data,
         weight.t(),
-        scale_a=x_scale,
+        scale_a=x.scale,
         scale_b=weight_scale.t(),
-        bias=bias,
+        bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
     return out
+
+
+def _as_fp8(x: Tensor | Fp8Rows) -> Fp8Rows:
+    from sagewan.kernels.fp8_linear import quantize_rows
+
+    return x if isinstance(x, Fp8Rows) else quantize_rows(x)
 
 
 def _without_pre_scale(packed: Packed) -> Packed:

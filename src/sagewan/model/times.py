@@ -40,12 +40,18 @@ class Modulation:
     def at(self, start: int, stop: int) -> tuple[Tensor, ...]:
         """The M vectors of the tokens from start to stop: each [B, 1, W] where they have one time,
         else [B, stop - start, W]."""
-        runs = []
-        for index, (first, end) in enumerate(itertools.pairwise(self.bounds)):
-            shared = min(stop, end) - max(start, first)
-            if shared > 0:
-                runs.append((index, shared))
+        runs = self.runs(start, stop)
         if len(runs) == 1:
-            return self.vectors[:, runs[0][0] : runs[0][0] + 1].unbind(2)
-        of_runs = [self.vectors[:, i : i + 1].expand(-1, count, -1, -1) for i, count in runs]
+            return runs[0][2].unsqueeze(1).unbind(2)
+        of_runs = [x.unsqueeze(1).expand(-1, last - first, -1, -1) for first, last, x in runs]
         return torch.cat(of_runs, dim=1).unbind(2)
+
+    def runs(self, start: int, stop: int) -> list[tuple[int, int, Tensor]]:
+        """The tokens from start to stop by their times: (first, end) counted from start, and the
+        vectors [B, M, W]."""
+        found = []
+        for index, (first, end) in enumerate(itertools.pairwise(self.bounds)):
+            first, end = max(start, first), min(stop, end)
+            if first < end:
+                found.append((first - start, end - start, self.vectors[:, index]))
+        return found

@@ -42,11 +42,13 @@ class LinearProblem:
 class LinearRow(Row):
     """One way to multiply. ``compute`` is what multiplies what; ``low`` whether the activations
     are rounded to a low precision too. ``rows`` is the range of rows it is meant for: outside, a
-    later row of the table is faster."""
+    later row of the table is faster. ``takes_fp8``: its input may come as FP8 with a scale a row
+    (:class:`sagewan.kernels.fp8_rows.Fp8Rows`), from whatever computed it."""
 
     formats: tuple[str, ...]
     compute: str
     low: bool = False
+    takes_fp8: bool = False
     rows: tuple[int, int | None] = (1, None)
     side: int = 1
 
@@ -110,6 +112,7 @@ LINEAR_ROWS: tuple[LinearRow, ...] = (
         formats=(E4M3,),
         compute="fp8 e4m3 × fp8 e4m3",
         low=True,
+        takes_fp8=True,
         sms=ADA_UP,
         dtypes=("bfloat16",),  # the one output of torch's product with a scale per row
         side=_SIDE,
@@ -124,6 +127,7 @@ LINEAR_ROWS: tuple[LinearRow, ...] = (
         formats=(NVFP4,),
         compute="fp8 e4m3 × nvfp4 unpacked to fp8 e4m3",
         low=True,
+        takes_fp8=True,
         # Unpacking the weight costs the same for any number of tokens; the faster product has paid
         # for it, and for rounding the activations, from about here.
         rows=(256, None),

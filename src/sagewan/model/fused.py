@@ -1,0 +1,184 @@
+"""The forward pass of one Wan block in few passes over memory, for a GPU.
+
+The same block as :mod:`sagewan.model.block`, with the same weights, whose steps between the
+products are kernels of ours: each residual is added, normalised, modulated and written as the next
+product takes it in one pass; Q and K are normalised and rotated in one. What a product would round
+to FP8 is not written in 16 bit before it. Chunks of tokens go through all that follows
+self-attention at once.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from sagewan.attention.launch import failed, is_out_of_memory
+from sagewan.kernels.fp8_linear import quantize_rows
+from sagewan.kernels.fp8_rows import Fp8Rows
+from sagewan.kernels.token_rows import Norm, Residual, add_and_norm, norm_and_rotate
+from sagewan.model.attention import Attention
+from sagewan.model.block import (
+    Rotary,
+    attend_in_groups,
+    attend_to,
+    by_heads,
+    chunks,
+    heads_of,
+    text_keys,
+)
+from sagewan.model.linear import QuantLinear
+from sagewan.model.times import Modulation
+from sagewan.plan.row import Row
+
+Operand = Tensor | Fp8Rows
+
+
+class Passes:
+    """Runs the kernels of a row's blocks, and counts them."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        self.counts: Counter[str] = Counter()
+
+    def run(self, kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What a kernel gives; what it raises is an ImplementationError, but for out of memory."""
+        try:
+            out = kernel(*arguments, **options)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise failed(self.row, error) from error
+        self.counts[kernel.__name__] += 1
+        return out
+
+
+@dataclass(frozen=True)
+class FusedBlock:
+    """As :class:`sagewan.model.block.Block`, by the kernels of ``passes``."""
+
+    block: Any
+    attention: Attention
+    layer: int
+    passes: Passes
+
+    def __call__(self, hidden: Tensor, text: Tensor, times: Modulation, rotary: Rotary) -> Tensor:
+        """As :meth:`sagewan.model.block.Block.__call__`."""
+        self.attention.turn.check()
+        table = self.block.scale_shift_table.unsqueeze(0)
+        own = Modulation(table + times.vectors.float(), times.bounds)
+        attended = self._attended(hidden, own, rotary)
+        known = text_keys(self.block.attn2, text)
+        for start, stop in chunks(hidden.shape[1], self.attention.turn.chunk):
+            chunk = _Chunk(hidden[:, start:stop], own.runs(start, stop))
+            self._after_attention(chunk, attended[:, start:stop], known)
+        return hidden
+
+    def _attended(self, hidden: Tensor, times: Modulation, rotary: Rotary) -> Tensor:
+        """Self-attention of the normalised hidden state, before its last product: [B, N, H, D]."""
+        block, attn = self.block, self.block.attn1
+        cos, sin = rotary
+        found: list[Tensor] = []
+        parts = chunks(hidden.shape[1], self.attention.turn.chunk)
+        if len(parts) > 1:
+            found = [hidden.new_empty(by_heads(hidden, attn)) for _ in range(3)]
+        for start, stop in parts:
+            chunk = _Chunk(hidden[:, start:stop], times.runs(start, stop))
+            x = self._normed(chunk, block.norm1, (0, 1), (attn.to_q, attn.to_k, attn.to_v))
+            here = cos[:, start:stop], sin[:, start:stop]
+            made = [heads_of(_product(p, x), attn) for p in (attn.to_q, attn.to_k, attn.to_v)]
+            del x
+            found = found or made
+            here_q, here_k, here_v = (whole[:, start:stop] for whole in found)
+            self._rotate(made[0], here_q, attn.norm_q, here)
+            self._rotate(made[1], here_k, attn.norm_k, here)
+            if found is not made:
+                here_v.copy_(made[2])
+        return attend_in_groups(self.attention, self.layer, *found)
+
+    def _rotate(self, x: Tensor, out: Tensor, norm: Any, rotary: Rotary | None) -> None:
+        self.passes.run(norm_and_rotate, x, out, norm.weight, norm.eps, rotary)
+
+    def _after_attention(
+        self, chunk: "_Chunk", attended: Tensor, known: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        block, cross, ffn = self.block, self.block.attn2, self.block.ffn.net
+        y = block.attn1.to_out[0](attended.flatten(2).to(chunk.hidden.dtype))
+        x = self._normed(chunk, block.norm2, None, (cross.to_q,), (y, 2))
+        q = heads_of(_product(cross.to_q, x), cross)
+        self._rotate(q, q, cross.norm_q, None)
+        y = attend_to(q, known)
+        x = self._normed(chunk, block.norm3, (3, 4), (ffn[0].proj,), (cross.to_out[0](y), None))
+        y = _product(ffn[0].proj, x)
+        del x, q
+        if _takes_fp8(ffn[2]):
+            y = ffn[2].of_fp8(self.passes.run(quantize_rows, y, gelu=True))
+        else:
+            y = ffn[2](gelu(y, approximate="tanh"))
+        for start, stop, vectors in chunk.runs:
+            here = Residual(y=y[:, start:stop], gate=vectors[:, 5])
+            self.passes.run(add_and_norm, chunk.hidden[:, start:stop], None, None, here)
+
+    def _normed(
+        self,
+        chunk: "_Chunk",
+        norm: Any,
+        modulation: tuple[int, int] | None,
+        takers: tuple[Any, ...],
+        residual: tuple[Tensor, int | None] | None = None,
+    ) -> Operand:
+        """The chunk, to which a residual is added first, normalised and modulated, as the takers
+        take it; ``modulation`` and the residual's gate are places among the time's vectors."""
+        fp8 = all(map(_takes_fp8, takers))
+        hidden = chunk.hidden
+        out = (
+            Fp8Rows.empty(*hidden.shape, device=hidden.device)
+            if fp8
+            else torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        )
+        for start, stop, vectors in chunk.runs:
+            added = None
+            if residual:
+                y, gate = residual
+                added = Residual(
+                    y=y[:, start:stop], gate=None if gate is None else vectors[:, gate]
+                )
+            shift, scale = (vectors[:, i] for i in modulation) if modulation else (None, None)
+            self.passes.run(
+                add_and_norm,
+                hidden[:, start:stop],
+                Norm(
+                    eps=getattr(norm, "eps", None),
+                    weight=getattr(norm, "weight", None),
+                    bias=getattr(norm, "bias", None),
+                    shift=shift,
+                    scale=scale,
+                ),
+                _tokens(out, start, stop),
+                added,
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokens of the hidden state [B, n, W], and the runs of them that share a time."""
+
+    hidden: Tensor
+    runs: list[tuple[int, int, Tensor]]
+
+
+def _takes_fp8(layer: Any) -> bool:
+    return isinstance(layer, QuantLinear) and layer.takes_fp8
+
+
+def _product(layer: Any, x: Operand) -> Tensor:
+    out: Tensor = layer.of_fp8(x) if isinstance(x, Fp8Rows) else layer(x)
+    return out
+
+
+def _tokens(x: Operand, start: int, stop: int) -> Operand:
+    return x.tokens(start, stop) if isinstance(x, Fp8Rows) else x[:, start:stop]

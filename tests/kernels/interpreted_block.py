@@ -134,12 +134,13 @@ def small_block(*, fp8: bool, pictures: bool = False) -> Any:
         torch.nn.init.normal_(parameter, 1.0 if name.endswith("norm.weight") else 0.0, 0.1)
         if not name.startswith(("norm2", "scale_shift")):
             parameter.data = parameter.data.half()
+    block.requires_grad_(False).eval()
     for name, module in list(block.named_modules()):
         if fp8 and isinstance(module, torch.nn.Linear):
             layer = QuantLinear(pack(module.weight, "float8_e4m3fn"), module.bias, torch.float16)
             layer.multiply, layer.multiplies_fp8 = multiply_fp8, True
             block.set_submodule(name, layer)
-    return block.requires_grad_(False).eval()
+    return block
 
 
 def multiply_fp8(x: Any, packed: Packed, bias: Tensor | None) -> Tensor:

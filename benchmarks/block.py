@@ -26,10 +26,12 @@ from sagewan.checkpoint.quantize import pack
 from sagewan.model import matmul
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.block import Block
-from sagewan.model.fused import FusedBlock, Passes
+from sagewan.model.blocks import Passes
+from sagewan.model.fused import FusedBlock
 from sagewan.model.linear import QuantLinear
 from sagewan.model.times import Modulation
 from sagewan.plan.attention import AttentionPlan, Choice
+from sagewan.plan.blocks import BLOCK_ROWS
 from sagewan.plan.catalogue import Problem, row_named
 from sagewan.plan.linear import LINEAR_ROWS
 
@@ -140,7 +142,7 @@ def runner(way: Way, blocks: dict[str, Any], inputs: Inputs) -> Callable[[Tensor
     turn = Turn(plan, 1, lambda: None, chunk=way.chunk, heads=way.heads)
     forward: Any = Block(block, attention, 0)
     if way.fused:
-        forward = FusedBlock(block, attention, 0, Passes(row_named(way.mode)))
+        forward = FusedBlock(block, attention, 0, Passes(BLOCK_ROWS[0], "fused", Counter()))
 
     def run(hidden: Tensor) -> Tensor:
         times = Modulation(inputs.times.to(hidden.dtype).unsqueeze(1), (0, hidden.shape[1]))

@@ -33,6 +33,7 @@ def test_a_report_on_a_gpu() -> None:
         ran=(RAN,),
         formats={"bfloat16": 400, "float32": 3},
         multiplied=(),
+        blocks=(),
         weight_bytes=28,
         peak_device_bytes=99,
     )
@@ -79,7 +80,7 @@ def test_emulation_is_labelled_by_what_ran(implementation: str, emulated: bool) 
     plan = make_plan(Request(prompt="a cat"), WAN_14B, machine("H100"), Evidence())
     ran = {**RAN, "implementation": implementation}
     measured = Measured(
-        ran=(ran,), formats={}, multiplied=(), weight_bytes=0, peak_device_bytes=None
+        ran=(ran,), formats={}, multiplied=(), blocks=(), weight_bytes=0, peak_device_bytes=None
     )
     report = make_report(plan, machine("H100"), (), measured, Timings({}, {}))
     assert report["attention"]["emulated"] is emulated

@@ -65,6 +65,7 @@ def test_a_run_writes_a_video_and_tells_what_ran(tmp_path: Path) -> None:
         "plan",
         "attention",
         "weights",
+        "blocks",
         "memory",
         "timings",
         "output",

@@ -10,10 +10,10 @@ from typing import Any
 
 from sagewan.attention.worker import self_test_from
 from sagewan.cache import cache_folder, write_whole
+from sagewan.plan.blocks import block_rows
 from sagewan.plan.catalogue import (
     CUDA_BINDINGS,
     NVRTC,
-    Implementation,
     Problem,
     row_named,
     rows_of,
@@ -21,6 +21,7 @@ from sagewan.plan.catalogue import (
 from sagewan.plan.evidence import Evidence, SelfTest
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.modes import MODES
+from sagewan.plan.row import Row
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def load_evidence(device: Device, hardware: Hardware, problem: Problem) -> Evide
     """The self-tests that were stored for this problem on this device with these versions."""
     stored = _read(_path())
     evidence = Evidence()
-    for row in (row for mode in MODES for row in rows_of(mode)):
+    for row in (*(row for mode in MODES for row in rows_of(mode)), *block_rows()):
         values = stored.get(_key(row, device, hardware, problem))
         if values is not None:
             evidence = _with(evidence, row, values)
@@ -44,7 +45,9 @@ def store(test: SelfTest, device: Device, hardware: Hardware, problem: Problem) 
     if test.objection and test.objection.code in _PASSING:
         return
     path = _path()
-    key = _key(row_named(test.implementation), device, hardware, problem)
+    blocks = {row.name: row for row in block_rows()}
+    row = blocks.get(test.implementation) or row_named(test.implementation)
+    key = _key(row, device, hardware, problem)
     stored = {**_read(path), key: asdict(test)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +60,7 @@ def _path() -> Path:
     return cache_folder() / "self-tests.json"
 
 
-def _key(row: Implementation, device: Device, hardware: Hardware, problem: Problem) -> str:
+def _key(row: Row, device: Device, hardware: Hardware, problem: Problem) -> str:
     """Everything that a result may depend on."""
     triton = hardware.packages.get("triton") or hardware.packages.get("triton-windows")
     package = hardware.packages.get(row.package) if row.package else None
@@ -95,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _with(evidence: Evidence, row: Implementation, values: Mapping[str, Any]) -> Evidence:
+def _with(evidence: Evidence, row: Row, values: Mapping[str, Any]) -> Evidence:
     try:
         test = self_test_from(values)
         if test.objection:

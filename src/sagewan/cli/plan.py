@@ -81,6 +81,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         main = plan.weights.main
         rows.append(("", f"{plan.weights.format}, multiplied by {main.name} ({main.compute})"))
         rows += [("", f"{row.name} is tested before the run") for row in plan.weights.unproven]
+    rows += [("blocks" if first else "", text) for first, text in _first(_blocks(plan))]
     rows += [("memory" if first else "", text) for first, text in _first(_memory(plan))]
     seconds = estimated_seconds(plan)
     if seconds is not None:
@@ -95,6 +96,16 @@ def _cached(cache: CachePlan) -> str:
         f"{cache.cache}, the first {cache.first} and the last step always computed: at most "
         f"{cache.reusable} of {cache.forwards} forwards reused"
     )
+
+
+def _blocks(plan: Plan) -> Iterator[str]:
+    """What runs between the products of a block."""
+    blocks = plan.blocks
+    yield f"{blocks.row.name}" + (" (fused passes)" if blocks.row.fused else "")
+    if not blocks.row.fused:
+        yield f"not fused: {blocks.why()}"
+    for row in blocks.unproven:
+        yield f"{row.name} is tested before the run"
 
 
 def _memory(plan: Plan) -> Iterator[str]:

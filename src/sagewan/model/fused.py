@@ -7,8 +7,6 @@ to FP8 is not written in 16 bit before it. Chunks of tokens go through all that 
 self-attention at once.
 """
 
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from sagewan.attention.launch import failed, is_out_of_memory
 from sagewan.kernels.fp8_linear import quantize_rows
 from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.kernels.token_rows import Norm, Residual, add_and_norm, norm_and_rotate
@@ -30,30 +27,11 @@ from sagewan.model.block import (
     heads_of,
     text_keys,
 )
+from sagewan.model.blocks import Passes
 from sagewan.model.linear import QuantLinear
 from sagewan.model.times import Modulation
-from sagewan.plan.row import Row
 
 Operand = Tensor | Fp8Rows
-
-
-class Passes:
-    """Runs the kernels of a row's blocks, and counts them."""
-
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.counts: Counter[str] = Counter()
-
-    def run(self, kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What a kernel gives; what it raises is an ImplementationError, but for out of memory."""
-        try:
-            out = kernel(*arguments, **options)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise failed(self.row, error) from error
-        self.counts[kernel.__name__] += 1
-        return out
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Against diffusers' own: times are computed once for all tokens that share one, a
 and projection go by chunks of tokens, as the blocks do.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,15 @@ from sagewan.model.block import Block, chunks, modulated
 from sagewan.model.times import Modulation, Times
 
 
-def install(transformer: Any, attention: Attention) -> None:
+def install(
+    transformer: Any,
+    attention: Attention,
+    forward: Callable[[Any, Attention, int], Callable[..., Tensor]] = Block,
+) -> None:
     """Let a WanTransformer3DModel and its blocks run by our forward passes, with this attention;
-    installed again, by the new one."""
+    installed again, by the new one. ``forward`` makes that of each block, given its number."""
     for layer, block in enumerate(transformer.blocks):
-        block.forward = Block(block, attention, layer)
+        block.forward = forward(block, attention, layer)
     transformer.forward = Transformer(transformer, attention)
 
 

@@ -6,7 +6,8 @@ float32; the VAE and the CLIP image encoder are float32, as diffusers' examples 
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from sagewan.checkpoint.source import open_source
 from sagewan.checkpoint.tokenizer import load_tokenizer
 from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
+from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier
 from sagewan.pipeline.fill import (
     Packing,
@@ -50,6 +52,13 @@ class Components:
     attention: Attention
     multiplier: Multiplier
     forwards: Forwards
+    blocks: Blocks
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """A block whose calls are counted only if nothing fails in it."""
+        with self.attention.whole(), self.multiplier.whole(), self.blocks.whole():
+            yield
 
     @property
     def weight_bytes(self) -> int:
@@ -120,6 +129,7 @@ def build(
         attention=Attention(launcher),
         multiplier=Multiplier(),
         forwards=Forwards(),
+        blocks=Blocks(),
     )
     shelf.close()
     return components

@@ -64,9 +64,10 @@ def decide(
     if evidence is None:
         evidence = stored_evidence(plan, hardware)
         plan = make_plan(request, model, hardware, evidence, loras)
-    while plan.attention.unproven or plan.weights.unproven:
+    while plan.attention.unproven or plan.weights.unproven or plan.blocks.unproven:
         evidence = prove(plan.attention, plan.device, hardware, evidence, watch=watch)
         evidence = prove_products(plan, evidence, watch=watch)
+        evidence = prove_blocks(plan, hardware, evidence, watch=watch)
         plan = make_plan(request, model, hardware, evidence, loras)
     return Decision(request=request, model=model, hardware=hardware, evidence=evidence, plan=plan)
 
@@ -112,6 +113,24 @@ def prove_products(plan: Plan, evidence: Evidence, *, watch: Watch | None = None
         test = self_test(row, plan.device, plan.dtype)
         if test.objection:
             logger.warning("%s can't be used: %s", row.name, test.objection.sentence())
+        evidence = evidence.with_test(test)
+    return evidence
+
+
+def prove_blocks(
+    plan: Plan, hardware: Hardware, evidence: Evidence, *, watch: Watch | None = None
+) -> Evidence:
+    """Evidence with a self-test of the row of blocks that a plan waits for, kept as attention's."""
+    from sagewan.attention.cache import store
+    from sagewan.model.block_self_test import self_test_block
+
+    for row in plan.blocks.unproven:
+        if watch:
+            watch.stage(f"self-test of {row.name}")
+        test = self_test_block(row, plan.device, plan.attention.problem)
+        if test.objection:
+            logger.warning("%s can't be used: %s", row.name, test.objection.sentence())
+        store(test, plan.device, hardware, plan.attention.problem)
         evidence = evidence.with_test(test)
     return evidence
 

@@ -14,7 +14,6 @@ from sagewan.attention.launch import is_out_of_memory
 from sagewan.attention.resolve import ImplementationError, one_line
 from sagewan.memory.placement import Place
 from sagewan.model.attention import Turn
-from sagewan.model.transformer import install
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import Conditions
 from sagewan.pipeline.progress import Watch
@@ -102,7 +101,7 @@ def denoise(
             try:
                 forward = _Forward(expert(index), plan, conditions)
                 passed = partial(reuse.forward, step, index)
-                with components.attention.whole(), components.multiplier.whole():
+                with components.counted():
                     prediction = forward.guided(latents, time, _guidance(index, plan), passed)
             except ImplementationError as failure:
                 raise RowFailed(before, failure) from failure
@@ -195,7 +194,7 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
                     pin_budget=plan.memory.pin_budget,
                 )
                 transformer = stack.enter_context(part.on(place, stays=plan.memory.stays))
-                install(transformer, components.attention)
+                components.blocks.install(transformer, components.attention, plan.blocks.row)
                 components.multiplier.install(transformer, plan.weights)
                 held[index] = transformer
             return held[index]

@@ -145,6 +145,10 @@ def changes_between(
         if old.row.name in failures and old.row != new.row:
             names = (old.mode, new.mode) if old.mode != new.mode else (old.row.name, new.row.name)
             yield Change(*names, failures[old.row.name].sentence())
+    old_row, new_row = before.blocks.row, after.blocks.row
+    if old_row.name in failures and old_row != new_row:
+        why = failures[old_row.name].sentence()
+        yield Change(old_row.name, new_row.name, why, part="blocks")
     rows = {
         (old.name, after.weights.row(format_, role).name)
         for format_, role, old in before.weights.rows

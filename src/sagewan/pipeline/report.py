@@ -23,7 +23,7 @@ _PLAIN = ("bfloat16", "float16", "float32")
 @dataclass(frozen=True)
 class Change:
     """A step down from one mode or implementation to another, and the reason in one line. ``part``
-    is what of the report it belongs to: attention or weights."""
+    is what of the report it belongs to: attention, weights or blocks."""
 
     source: str
     target: str
@@ -40,9 +40,9 @@ class Change:
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What only the run could tell. ``ran`` are attention's calls, ``multiplied`` those of the
-    quantised layers; ``forwards`` tells the passes that were computed and those that were reused;
-    ``formats`` counts the matrices of the transformers by their format. Bytes; peaks are None where
-    the system does not tell.
+    quantised layers and ``blocks`` those of the blocks; ``forwards`` tells the passes that were
+    computed and those that were reused; ``formats`` counts the matrices of the transformers by
+    their format. Bytes; peaks are None where the system does not tell.
 
     ``pinned_bytes`` is the most host memory that was pinned at once, ``unpinned_blocks`` how many
     swapped blocks were copied from ordinary memory; ``memory_notes`` sentences on what was not as
@@ -53,6 +53,7 @@ class Measured:
     weight_bytes: int
     formats: Mapping[str, int]
     multiplied: tuple[Mapping[str, Any], ...]
+    blocks: tuple[Mapping[str, Any], ...]
     peak_device_bytes: int | None
     peak_host_bytes: int | None = None
     pinned_bytes: int = 0
@@ -105,6 +106,15 @@ def weights_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -> 
     }
 
 
+def blocks_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -> dict[str, Any]:
+    """What ran the blocks between their products, as counted, and why it is not fused."""
+    return {
+        "ran": [dict(row) for row in measured.blocks],
+        "why_not_fused": plan.blocks.why() or None,
+        "fallbacks": [change.to_json() for change in changes if change.part == "blocks"],
+    }
+
+
 def software(hardware: Hardware) -> dict[str, str]:
     """The versions that a result depends on."""
     found = {"sagewan": __version__, "python": hardware.python, **hardware.packages}
@@ -129,6 +139,7 @@ def make_report(
         "attention": attention_facts(plan, changes, measured),
         "cache": cache_facts(plan, measured),
         "weights": weights_facts(plan, changes, measured),
+        "blocks": blocks_facts(plan, changes, measured),
         "memory": {
             "peak_device_bytes": measured.peak_device_bytes,
             "planned_device_bytes": plan.memory.device_peak,

@@ -216,6 +216,7 @@ class _Run:
             weight_bytes=self.components.weight_bytes,
             formats=self.components.formats,
             multiplied=tuple(self.components.multiplier.ran()),
+            blocks=tuple(self.components.blocks.ran()),
             peak_device_bytes=peak_device_bytes(self.plan.device),
             peak_host_bytes=peak_host_bytes(),
             pinned_bytes=self.components.pinned_bytes,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from sagewan.errors import RequestError
 from sagewan.plan.attention import AttentionPlan, plan_attention
+from sagewan.plan.blocks import BlockPlan, plan_blocks
 from sagewan.plan.catalogue import Problem
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB, Device, Hardware
@@ -66,6 +67,7 @@ class Plan:
     steps: Steps
     attention: AttentionPlan
     weights: WeightsPlan
+    blocks: BlockPlan
     memory: MemoryPlan
     cache: CachePlan | None = None
     loras: tuple[LoraFile, ...] = ()
@@ -135,6 +137,7 @@ def make_plan(
         steps=steps,
         attention=attention,
         weights=weights,
+        blocks=plan_blocks(model, dtype, device, hardware, evidence),
         memory=memory,
         cache=plan_cache(request.cache, steps.count, steps.passes),
         loras=loras,

@@ -157,6 +157,12 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "attention": _attention(plan),
         "weight_bytes": plan.weight_bytes,
         "weights": _weights(plan.weights),
+        "blocks": {
+            "implementation": plan.blocks.row.name,
+            "fused": plan.blocks.row.fused,
+            "why_not": plan.blocks.why() or None,
+            "unproven": [row.name for row in plan.blocks.unproven],
+        },
         "memory": _memory(plan.memory),
         "seconds": estimated_seconds(plan),
         "lora": [file.to_json() for file in plan.loras],

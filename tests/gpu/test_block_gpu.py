@@ -1,0 +1,99 @@
+"""Fused blocks on a GPU: the path that ran, as near to float32 as the plain one in every cell."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sagewan.attention.launch import Launcher
+from sagewan.checkpoint.find import find_model
+from sagewan.kernels import fp8_linear, token_rows
+from sagewan.model.block_self_test import self_test_block
+from sagewan.pipeline import generate
+from sagewan.pipeline.build import build
+from sagewan.pipeline.conditions import encode
+from sagewan.pipeline.decide import decide
+from sagewan.pipeline.denoise import denoise
+from sagewan.pipeline.probe import probe
+from sagewan.pipeline.progress import Watch
+from sagewan.plan.blocks import BlockPlan, block_rows
+from sagewan.plan.catalogue import Problem
+from sagewan.plan.plan import Plan
+from sagewan.plan.request import Request
+from tests.pipeline.runs import difference
+
+pytestmark = pytest.mark.gpu
+FUSED, PLAIN = block_rows()
+MODES = ["sdpa", "sageattn", "sageattn_3", "sageattn_3_fp8"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_every_row_that_runs_here_passes_its_self_test(dtype: str, head_dim: int) -> None:
+    for row in block_rows():
+        test = self_test_block(row, probe().device("cuda"), Problem(head_dim=head_dim, dtype=dtype))
+        assert test.passed, test
+
+
+def planned(**fields: Any) -> Plan:
+    request = Request(prompt="a red ball rolls to the right", steps=3, seed=1, **fields)
+    return decide(request, find_model("demo"), probe()).plan
+
+
+def latents(plan: Plan) -> tuple[torch.Tensor, list[dict[str, object]]]:
+    components = build(plan, Launcher())
+    found = denoise(components, plan, encode(components, plan, {}), Watch())
+    return found.cpu(), components.blocks.ran()
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("swap", [0, 5])
+@pytest.mark.parametrize("quantization", ["none", "fp8_scaled", "fp4_scaled"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_cell_is_as_near_as_the_plain_block(
+    mode: str, quantization: str, swap: int, cfg: float
+) -> None:
+    plan = planned(attention=mode, quantization=quantization, block_swap=swap, cfg=cfg)
+    assert plan.blocks.row == FUSED
+    exact, _ = latents(planned(attention="sdpa", quantization="none", cfg=cfg, dtype="float32"))
+    fused, ran = latents(plan)
+    plain, _ = latents(replace(plan, blocks=BlockPlan(row=PLAIN)))
+    error, usual = difference(fused, exact), difference(plain, exact)
+    # Two roundings of the same numbers, which differ by chance.
+    assert error < 1.25 * usual + 1e-3, (error, usual)
+    (row,) = ran
+    assert row["implementation"] == FUSED.name
+
+
+def test_the_fused_path_is_the_one_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(quantization="fp8_scaled")  # Its self-test is over.
+    launched: list[str] = []
+    for module in (token_rows, fp8_linear):
+        launch = module.launch
+
+        def counted(kernel: Any, *others: Any, launch: Any = launch) -> None:
+            launched.append(kernel.__name__)
+            launch(kernel, *others)
+
+        monkeypatch.setattr(module, "launch", counted)
+    request = Request(
+        prompt="a red ball rolls to the right",
+        output=tmp_path / "a.mp4",
+        quantization="fp8_scaled",
+        steps=2,
+        seed=1,
+    )
+    report = generate(request).report
+    (ran,) = report["blocks"]["ran"]
+    calls = sum(row["calls"] for row in report["attention"]["ran"])
+    assert (ran["implementation"], ran["calls"]) == (FUSED.name, calls)
+    assert report["blocks"]["why_not_fused"] is None
+    kernels = ran["kernels"]
+    assert kernels["add_and_norm"] >= 4 * calls
+    assert kernels["norm_and_rotate"] >= 3 * calls
+    assert launched.count("_norm_kernel") == kernels["add_and_norm"]
+    assert launched.count("_rotate_kernel") == kernels["norm_and_rotate"]

@@ -64,6 +64,7 @@ def test_a_run_writes_a_video_and_tells_what_ran(tmp_path: Path) -> None:
         "requested",
         "plan",
         "attention",
+        "cache",
         "weights",
         "blocks",
         "memory",

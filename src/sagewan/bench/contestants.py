@@ -19,9 +19,10 @@ from sagewan.bench.floor import Arithmetic
 from sagewan.checkpoint.quantize import pack
 from sagewan.errors import UnsupportedError
 from sagewan.model.attention import Attention, Turn
+from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier, QuantLinear
-from sagewan.model.transformer import install
 from sagewan.plan.attention import AttentionPlan, plan_attention
+from sagewan.plan.blocks import BlockRow, plan_blocks
 from sagewan.plan.catalogue import Problem
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Device, Hardware
@@ -99,11 +100,13 @@ def contestants(
             served[mode] = _attention_plan(setting, mode)
         except UnsupportedError as error:
             refused[mode] = str(error)
+    device, hardware = setting.device, setting.hardware
+    blocks = plan_blocks(setting.case.model, DTYPE, device, hardware, Evidence()).row
     for quantization in quantizations:
         weights = _weights_plan(setting, quantization)
         stored = _quantised(transformer, weights)
         for mode, plan in served.items():
-            chosen.append(_ours(stored, weights, mode, plan))
+            chosen.append(_ours(stored, weights, mode, plan, blocks))
     return chosen, refused
 
 
@@ -188,10 +191,12 @@ def shared_copy(transformer: Any) -> Any:
     return copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
 
 
-def _ours(stored: Any, weights: WeightsPlan, mode: str, plan: AttentionPlan) -> Contestant:
+def _ours(
+    stored: Any, weights: WeightsPlan, mode: str, plan: AttentionPlan, blocks: BlockRow
+) -> Contestant:
     transformer = shared_copy(stored)
     own = Attention(Launcher())
-    install(transformer, own)
+    Blocks().install(transformer, own, blocks)
     Multiplier().install(transformer, weights)
     row, main = plan.main.row, weights.main
     low = main is not None and main.low

@@ -61,6 +61,33 @@ def test_each_call_is_counted_by_mode_implementation_and_backend() -> None:
     ]
 
 
+def test_calls_that_leave_out_blocks_are_counted_and_only_some_rows_take_them() -> None:
+    launcher, mask = Launcher(), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    emulated = choice(row_named("emulated.sageattn"))
+    launcher.attend(*bias(40), emulated)
+    launcher.attend(*bias(40), emulated, block_mask=mask)
+    assert (launcher.calls, launcher.masked_calls) == (2, 1)
+
+    def broken_off() -> None:
+        with launcher.whole():
+            launcher.attend(*bias(40), emulated, block_mask=mask)
+            launcher.attend(*bias(40), choice(SDPA), block_mask=mask)
+
+    with pytest.raises(ImplementationError, match="can't leave out blocks of keys"):
+        broken_off()
+    assert (launcher.calls, launcher.masked_calls) == (2, 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 4)])
+def test_exact_attention_past_blocks_is_the_formula(shape: tuple[int, int]) -> None:
+    q, k, v = normal(2, 4, 300, 32), normal(2, 2, 270, 32, seed=1), normal(2, 2, 270, 32, seed=2)
+    mask = torch.rand(*shape, 3, 3, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask[:, :, 1] = False
+    out = Launcher().attend(q, k, v, choice(row_named("sagewan.sdpa_blocks")), block_mask=mask)
+    expected = attention_with_lse(q, k, v, block_mask=mask)[0]
+    assert relative_error(out, expected) < 1e-6
+
+
 def test_a_planted_substitution_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     def planted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return q

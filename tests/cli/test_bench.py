@@ -37,9 +37,30 @@ def test_modes_are_measured_and_written(sagewan: Callable[..., Said], tmp_path: 
     assert "sagewan.sageattn is left out" in said.err
 
 
+def test_what_leaves_out_blocks_is_held_to_the_rest_and_to_its_own_speed(
+    sagewan: Callable[..., Said], tmp_path: Path
+) -> None:
+    path = tmp_path / "figures.json"
+    said = sagewan(
+        *("bench", "attention", "--device", "cpu", "--shapes", "1x2x1000", "--emulate"),
+        *("--modes", "sageattn", "--sparsity", "0.5", "0.75", "--json", path),
+    )
+    assert said.code == 0, said.err
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    sparse = [one for one in results if one["sparsity"]]
+    assert [one["name"] for one in sparse] == ["emulated.sageattn"] * 4
+    assert [one["sparsity"] for one in sparse] == [0.5, 0.75] * 2
+    for one in sparse:
+        assert 0 < one["error"] < 0.06
+        assert one["of_dense"] > 0
+    assert "emulated.sageattn −75%" in said.out
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
+        (("--sparsity", "75"), "share between 0 and 1"),
+        (("--sparsity", "nan"), "sparsity=nan"),
         (("--modes", "sageattn_9"), "sageattn_9"),
         (("--shapes", "40x1024"), "BATCHxHEADSxTOKENS"),
         (("--shapes", "1x0x1024"), "BATCHxHEADSxTOKENS"),

@@ -84,6 +84,16 @@ def test_kernel_is_its_emulation(
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_kernel_with_a_block_mask_is_its_emulation(mode: str) -> None:
+    q, k, v = sample(200, 300, heads=2, key_heads=1)
+    mask = torch.tensor([[[True, False, True], [False, True, False]]]).unsqueeze(0)
+    out, lse = MODES[mode](q, k, v, return_lse=True, block_mask=mask)
+    same, same_lse = getattr(emulation, mode)(q, k, v, return_lse=True, block_mask=mask)
+    assert relative_error(out, same) < KERNEL_ERROR
+    torch.testing.assert_close(lse, same_lse, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_layout_does_not_matter_and_inputs_are_kept(mode: str) -> None:
     q, k, v = sample(40, 70)
     expected = MODES[mode](q, k, v)

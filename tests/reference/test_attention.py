@@ -65,3 +65,26 @@ def test_relative_error_of_a_known_difference() -> None:
     reference_values = torch.tensor([3.0, 4.0])
     assert relative_error(torch.tensor([3.0, 4.5]), reference_values) == pytest.approx(0.1)
     assert math.isnan(relative_error(torch.tensor([math.nan, 4.0]), reference_values))
+
+
+def test_blocks_that_are_left_out_have_no_weight_and_rows_without_any_are_zero() -> None:
+    q, k, v = normal(2, 4, 300, 16), normal(2, 2, 270, 16), normal(2, 2, 270, 16, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 4, 3, 3), (1, 1, 3, 3), (1, 4, 3, 3), (2, 1, 3, 3)):
+        mask = torch.rand(shape, generator=generator) < 0.6
+        mask[:, :, 1] = False
+        output, lse = attention_with_lse(q, k, v, block_mask=mask)
+        allowed = mask.repeat_interleave(128, 2).repeat_interleave(128, 3)[..., :300, :270]
+        keys, values = (x.repeat_interleave(2, 1).double() for x in (k, v))
+        scores = (q.double() @ keys.mT / 4).masked_fill(~allowed, -torch.inf)
+        torch.testing.assert_close(output, scores.softmax(-1).nan_to_num(0.0) @ values)
+        torch.testing.assert_close(lse, scores.logsumexp(-1).expand_as(lse))
+        assert not output[:, :, 128:256].any()
+
+
+def test_pieces_do_not_change_what_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = normal(1, 4, 300, 16), normal(1, 2, 270, 16), normal(1, 2, 270, 16, seed=1)
+    mask = torch.rand(1, 4, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.6
+    whole = attention(q, k, v, block_mask=mask)
+    monkeypatch.setattr(reference, "_SCORES", 2 * 270 * 7)
+    torch.testing.assert_close(attention(q, k, v, block_mask=mask), whole)

@@ -61,7 +61,9 @@ def test_smoothing_and_levels_of_p_earn_what_is_published() -> None:
             v=formats.nvfp4(v.mT).value().mT,
             k_exact=keys,
         )
-        return relative_error(emulation._online_softmax(operands, round_p, 128, 64)[0], reference)
+        return relative_error(
+            emulation._online_softmax(operands, round_p, emulation._Walk(128, 64))[0], reference
+        )
 
     def one_level(p: Tensor) -> Tensor:
         return formats.nvfp4(p, torch.tensor(1.0)).value()
@@ -177,3 +179,18 @@ def test_scale_is_the_softmax_scale(mode: str) -> None:
     error = relative_error(run(mode, q, k, v, scale=0.03), attention(q, k, v, scale=0.03))
     assert error < 0.15
     assert relative_error(run(mode, q, k, v), attention(q, k, v, scale=0.03)) > 2 * error
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mask_of_blocks_is_the_same_problem_with_fewer_keys(mode: str) -> None:
+    q, k, v = normal(1, 2, 300, 64), normal(1, 2, 700, 64, seed=1), normal(1, 2, 700, 64, seed=2)
+    mask = torch.rand(1, 2, 3, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[:, 0, 1] = False
+    expected, expected_lse = attention_with_lse(q, k, v, block_mask=mask)
+    output, lse = getattr(emulation, mode)(q, k, v, block_mask=mask, return_lse=True)
+    assert not output[:, 0, 128:256].any()
+    dense = relative_error(run(mode, q, k, v), attention(q, k, v))
+    assert relative_error(output, expected) < 1.5 * dense
+    torch.testing.assert_close(lse.double(), expected_lse, atol=0.05, rtol=0.01)
+    everything = run(mode, q, k, v, block_mask=torch.ones_like(mask[:, :1]))
+    assert torch.equal(everything, run(mode, q, k, v))

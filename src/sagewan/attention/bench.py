@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from sagewan.attention.resolve import ImplementationError, load, one_line
 from sagewan.plan.catalogue import ROWS, Implementation, Problem
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.modes import MODES
-from sagewan.reference.attention import attention, relative_error
+from sagewan.reference.attention import BLOCK, attention, relative_error
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Of q, k and v; a row's also takes ``block_mask``.
+Attend = Callable[..., Tensor]
 Shape = tuple[int, int, int]
 
 HEAD_DIM = 128
@@ -64,7 +66,9 @@ class Contestant:
 class Measured:
     """One contestant on one problem. ``ratio`` is how many times torch's default speed it has,
     ``of_peak`` its share of what the device could do, ``extra_bytes`` its memory beyond inputs and
-    output; None where that can't be known. ``wrong`` says why it was not timed."""
+    output; None where that can't be known. ``wrong`` says why it was not timed. ``sparsity`` is the
+    share of the blocks of keys that were left out, and ``of_dense`` how many times its own speed
+    without that it then has."""
 
     name: str
     mode: str
@@ -78,6 +82,8 @@ class Measured:
     extra_bytes: int | None = None
     clock_mhz: int | None = None
     wrong: str | None = None
+    sparsity: float = 0.0
+    of_dense: float | None = None
 
 
 def contestants(
@@ -118,8 +124,8 @@ def contestants(
 def _of_row(row: Implementation) -> Contestant:
     function = load(row)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return call(function, row, q, k, v)[0]
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Tensor | None = None) -> Tensor:
+        return call(function, row, q, k, v, block_mask=block_mask)[0]
 
     quality = MODES[row.mode].quality
     return Contestant(
@@ -163,25 +169,60 @@ def inputs(family: str, shape: Shape, device: str) -> tuple[Tensor, Tensor, Tens
     return q.to(torch.bfloat16), k.to(torch.bfloat16), v.to(torch.bfloat16)
 
 
-def error_of(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """The relative error on up to 512 rows, spread evenly, of the first 2 heads."""
-    count = min(512, q.shape[2])
-    rows = torch.linspace(0, q.shape[2] - 1, count, dtype=torch.float64).long().to(q.device)
-    output = attend(q, k, v)[:, :2, rows]
-    return relative_error(output, attention(q[:, :2, rows], k[:, :2], v[:, :2]))
+def some_blocks(tokens: int, share: float, device: torch.device) -> Tensor:
+    """[1, 1, ⌈N/128⌉, ⌈N/128⌉] bool: each block of queries keeps its own block of keys and others
+    by chance, the same for every contestant, as many in every row; ``share`` are left out."""
+    count = -(-tokens // BLOCK)
+    chance = torch.rand(count, count, generator=torch.Generator().manual_seed(0))
+    kept = chance.fill_diagonal_(-1).argsort(1)[:, : max(1, round((1 - share) * count))]
+    return (
+        torch.zeros(1, 1, count, count, dtype=torch.bool)
+        .scatter_(3, kept[None, None], True)
+        .to(device)
+    )
+
+
+def error_of(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor | None = None
+) -> float:
+    """The relative error of the first 2 heads on up to 512 rows, spread evenly; with a mask, which
+    the function is given, in up to 4 blocks."""
+    if block_mask is None:
+        count = min(512, q.shape[2])
+        rows = torch.linspace(0, q.shape[2] - 1, count, dtype=torch.float64).long().to(q.device)
+        output = attend(q, k, v)[:, :2, rows]
+        return relative_error(output, attention(q[:, :2, rows], k[:, :2], v[:, :2]))
+    output = attend(q, k, v, block_mask=block_mask)
+    found, expected = [], []
+    for block in torch.linspace(0, block_mask.shape[2] - 1, 4).long().unique().tolist():
+        part = slice(block * BLOCK, (block + 1) * BLOCK)
+        found.append(output[:, :2, part])
+        mask = block_mask[:, :, block : block + 1]
+        expected.append(attention(q[:, :2, part], k[:, :2], v[:, :2], block_mask=mask))
+    return relative_error(torch.cat(found, 2), torch.cat(expected, 2))
 
 
 def measure(
-    chosen: Sequence[Contestant], family: str, shape: Shape, device: Device
+    chosen: Sequence[Contestant],
+    family: str,
+    shape: Shape,
+    device: Device,
+    sparsities: Sequence[float] = (),
 ) -> Iterator[Measured]:
-    """Each contestant on one problem, in turn. One that fails or is not right is not timed."""
-    q, k, v = inputs(family, shape, device.torch_name)
+    """Each contestant on one problem, in turn; those that can, again with such shares of the blocks
+    of keys left out. One that fails or is not right is not timed."""
+    tensors = inputs(family, shape, device.torch_name)
     baseline = None
     for one in chosen:
-        found = _measured(one, (q, k, v), family, device, baseline)
+        found = _measured(one, tensors, family, device, baseline)
         if one.name == BASELINE:
             baseline = found.milliseconds
         yield found
+        for share in sparsities if one.row and one.row.block_mask else ():
+            sparse = _measured(one, tensors, family, device, baseline, share=share)
+            if sparse.milliseconds and found.milliseconds:
+                sparse = replace(sparse, of_dense=found.milliseconds / sparse.milliseconds)
+            yield sparse
 
 
 def _measured(
@@ -190,22 +231,28 @@ def _measured(
     family: str,
     device: Device,
     baseline: float | None,
+    *,
+    share: float = 0.0,
 ) -> Measured:
     batch, heads, tokens, _ = tensors[0].shape
     shape = (batch, heads, tokens)
-    found = Measured(name=one.name, mode=one.mode, shape=shape, family=family)
+    mask = some_blocks(tokens, share, tensors[0].device) if share else None
+    left_out = 0.0 if mask is None else 1 - float(mask.float().mean())
+    found = Measured(name=one.name, mode=one.mode, shape=shape, family=family, sparsity=left_out)
+    attend = one.attend if mask is None else partial(one.attend, block_mask=mask)
     try:
-        error = error_of(one.attend, *tensors)
+        error = error_of(one.attend, *tensors, mask)
     except Exception as failure:  # a rival may fail in any way; it is told, not hidden
         if is_out_of_memory(failure):
             torch.cuda.empty_cache()
         return replace(found, wrong=one_line(failure))
-    limit = limit_of(one, family, tokens)
+    # With fewer keys the error is that of a shorter sequence.
+    limit = limit_of(one, family, tokens if mask is None else 0)
     if not error <= limit:
         return replace(found, error=error, wrong=f"error above {limit}")
-    extra = extra_bytes_of(one.attend, *tensors) if device.is_cuda else None
-    milliseconds, clock = milliseconds_of(one.attend, *tensors)
-    operations = 4 * batch * heads * tokens**2 * HEAD_DIM
+    extra = extra_bytes_of(attend, *tensors) if device.is_cuda else None
+    milliseconds, clock = milliseconds_of(attend, *tensors)
+    operations = 4 * batch * heads * tokens**2 * HEAD_DIM * (1 - left_out)
     best = peak.tflops(device.sm, tensors[0].device, one.bits, clock) if device.is_cuda else None
     tflops = operations / milliseconds / 1e9
     return replace(

@@ -45,17 +45,26 @@ class Launcher:
     def __init__(self) -> None:
         self._functions: dict[str, Function] = {}
         self._calls: Counter[tuple[str, str, str | None]] = Counter()
+        self._masked = 0
         self._backends: dict[tuple[object, ...], str] = {}
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, choice: Choice, *, scale: float | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        choice: Choice,
+        *,
+        scale: float | None = None,
+        block_mask: Tensor | None = None,
     ) -> Tensor:
         """q [B, H, N, D], k and v [B, Hk, M, D], any strides → [B, H, N, D] in q's dtype.
 
-        Raises ImplementationError if the row can't be loaded or fails, and running out of memory
-        as it comes. Inputs are not changed.
+        ``block_mask`` [B or 1, H or 1, ⌈N/128⌉, ⌈M/128⌉] bool is true for the blocks to attend to;
+        the row must take it. Raises ImplementationError if the row can't be loaded or fails, and
+        running out of memory as it comes. Inputs are not changed.
         """
-        return self._run(choice.row, (q, k, v), scale, with_lse=False)[0]
+        return self._run(choice.row, (q, k, v), scale, with_lse=False, block_mask=block_mask)[0]
 
     def attend_with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, choice: Choice, *, scale: float | None = None
@@ -68,11 +77,11 @@ class Launcher:
     def whole(self) -> Iterator[None]:
         """Count the calls within the block only if no row fails in it and memory suffices: what is
         broken off so is done again, and then counted."""
-        before = self._calls.copy()
+        before = self._calls.copy(), self._masked
         try:
             yield
         except (ImplementationError, RuntimeError, MemoryError):
-            self._calls = before
+            self._calls, self._masked = before
             raise
 
     def ran(self) -> list[dict[str, object]]:
@@ -82,6 +91,16 @@ class Launcher:
             for (mode, name, backend), calls in self._calls.most_common()
         ]
 
+    @property
+    def calls(self) -> int:
+        """How many calls there were."""
+        return self._calls.total()
+
+    @property
+    def masked_calls(self) -> int:
+        """How many of them left out blocks of keys."""
+        return self._masked
+
     def _run(
         self,
         row: Implementation,
@@ -89,11 +108,13 @@ class Launcher:
         scale: float | None,
         *,
         with_lse: bool,
+        block_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         function = self._functions.get(row.name) or load(row)
         self._functions[row.name] = function
-        result = call(function, row, *inputs, scale=scale, with_lse=with_lse)
+        result = call(function, row, *inputs, scale=scale, with_lse=with_lse, block_mask=block_mask)
         backend = self._backend(*inputs) if _is_torch(function) else None
+        self._masked += block_mask is not None
         self._calls[row.mode, name_of(function, row), backend] += 1
         return result
 
@@ -113,14 +134,20 @@ def call(
     *,
     scale: float | None = None,
     with_lse: bool = False,
+    block_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One call of a row's function: → output [B, H, N, D] and, if it gives it, [B, H, N].
 
-    Raises ImplementationError for whatever the function raises, but for running out of memory.
+    A mask of blocks is for rows that take one. Raises ImplementationError for whatever the function
+    raises, but for running out of memory.
     """
     options: dict[str, Any] = dict(row.options)
     if with_lse and row.lse_option:
         options[row.lse_option] = True
+    if block_mask is not None:
+        if row.block_mask is None:
+            raise ImplementationError(row, Objection("block-mask"))
+        options[row.block_mask] = block_mask
     if row.grouped_option and k.shape[1] != q.shape[1]:
         options[row.grouped_option] = True
     if scale is not None and row.scale:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sagewan.plan.catalogue import Implementation, Problem
 from sagewan.plan.modes import Quality
+from sagewan.reference.attention import BLOCK
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 _NEIGHBOURS = 64
@@ -42,7 +43,8 @@ LIMITS: Mapping[str, Mapping[Quality, float]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """``queries`` and ``keys`` count tokens; ``key_heads`` divides ``heads``."""
+    """``queries`` and ``keys`` count tokens; ``key_heads`` divides ``heads``; ``masked`` leaves out
+    half of the blocks, others in each head."""
 
     family: str
     queries: int
@@ -50,6 +52,20 @@ class Trial:
     batch: int = 1
     heads: int = 2
     key_heads: int = 2
+    masked: bool = False
+
+    def block_mask(self, device: str) -> Tensor | None:
+        """[1, H, ⌈N/128⌉, ⌈M/128⌉] bool, true for the blocks to attend to; None for all."""
+        if not self.masked:
+            return None
+        heads, rows, columns = torch.meshgrid(
+            *(torch.arange(n) for n in (self.heads, *self._blocks)), indexing="ij"
+        )
+        return ((heads + rows + columns) % 2 == 0).unsqueeze(0).to(device)
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        return -(-self.queries // BLOCK), -(-self.keys // BLOCK)
 
     def inputs(self, problem: Problem, device: str) -> Inputs:
         """q [B, H, N, D], k and v [B, Hk, M, D] in the head size and dtype of the problem: the
@@ -73,6 +89,7 @@ TRIALS = (
     Trial(family="bias", queries=64, keys=200_000, heads=1, key_heads=1),
 )
 GROUPED = Trial(family="bias", queries=130, keys=97, heads=4, key_heads=2)
+MASKED = Trial(family="bias", queries=333, keys=1000, masked=True)
 
 # Large enough to fill a GPU, a few milliseconds on a fast one; and what a CPU does as quickly.
 TIMED_ON_GPU = Trial(family="bias", queries=16_384, keys=16_384, heads=12, key_heads=12)
@@ -81,7 +98,9 @@ TIMED_ON_CPU = Trial(family="bias", queries=512, keys=512)
 
 def trials_for(row: Implementation) -> Iterator[Trial]:
     """The trials that a row claims to take."""
-    for trial in (*TRIALS, *((GROUPED,) if row.grouped_heads else ())):
+    grouped = (GROUPED,) if row.grouped_heads else ()
+    masked = (MASKED,) if row.block_mask else ()
+    for trial in (*TRIALS, *grouped, *masked):
         keys = -(-trial.keys // row.key_block) * row.key_block
         queries = keys if trial.queries == trial.keys else trial.queries
         yield replace(trial, queries=queries, keys=keys)

@@ -89,17 +89,18 @@ def _trials(
     for trial in trials_for(row):
         inputs = trial.inputs(problem, device.torch_name)
         before = [x.clone() for x in inputs]
-        output, lse = call(function, row, *inputs, with_lse=row.log_sum_exp)
+        mask = trial.block_mask(device.torch_name)
+        output, lse = call(function, row, *inputs, with_lse=row.log_sum_exp, block_mask=mask)
         if device.is_cuda:
             torch.cuda.synchronize(device.torch_name)
         if not all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)):
             raise _Rejected(Objection("self-test-changed-inputs"))
-        yield _error(output, lse, before), LIMITS[trial.family][MODES[row.mode].quality]
+        yield _error(output, lse, before, mask), LIMITS[trial.family][MODES[row.mode].quality]
 
 
-def _error(output: Tensor, lse: Tensor | None, inputs: list[Tensor]) -> float:
+def _error(output: Tensor, lse: Tensor | None, inputs: list[Tensor], mask: Tensor | None) -> float:
     """The relative error of the output, or of the log-sum-exp where that is larger."""
-    expected, expected_lse = attention_with_lse(*inputs)
+    expected, expected_lse = attention_with_lse(*inputs, block_mask=mask)
     if not all(x.isfinite().all() for x in (output, lse) if x is not None):
         raise _Rejected(Objection("self-test-not-finite"))
     error = relative_error(output, expected)

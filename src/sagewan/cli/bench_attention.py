@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from sagewan.attention.bench import Measured
 
 _WRONG = 4
-_COLUMNS = ("", "family", "shape", "error", "ms", "TFLOPS", "× torch", "% of peak", "extra MiB")
+_COLUMNS = (
+    *("", "family", "shape", "error", "ms", "TFLOPS", "× torch", "% of peak", "extra MiB"),
+    "× dense",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="batch, heads and tokens, such as 1x40x32760; Wan's if left out",
     )
     parser.add_argument("--families", default="bias,local", metavar="NAME,…", help="bias, local")
+    parser.add_argument(
+        "--sparsity",
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="such shares of the blocks of keys left out too, such as 0.5 0.75 0.9",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N"
@@ -46,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     modes = chosen_of(arguments.modes, "modes", tuple(MODES))
     families = chosen_of(arguments.families, "families", ("bias", "local"))
     shapes = _shapes(arguments.shapes)
+    sparsities = tuple(map(_share, arguments.sparsity))
     from sagewan.attention import bench
     from sagewan.pipeline.files import check_file, written_whole
     from sagewan.pipeline.probe import probe
@@ -63,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = []
     for shape in shapes:
         for family in families:
-            for one in bench.measure(chosen, family, shape, device):
+            for one in bench.measure(chosen, family, shape, device, sparsities):
                 found.append(one)
                 print(_line(_cells(one)), flush=True)
     if arguments.json:
@@ -85,12 +96,22 @@ def _shapes(text: str | None) -> tuple[tuple[int, int, int], ...] | None:
     return tuple(numbers)
 
 
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise RequestError(f"sparsity={text}: write a share between 0 and 1, such as 0.75")
+    return share
+
+
 def _cells(one: "Measured") -> tuple[str, ...]:
     def shown(value: float | None, text: Callable[[float], str]) -> str:
         return "–" if value is None else text(value)
 
     cells = (
-        one.name,
+        f"{one.name} −{one.sparsity:.0%}" if one.sparsity else one.name,
         one.family,
         "x".join(map(str, one.shape)),
         shown(one.error, lambda x: f"{x:.5f}"),
@@ -99,12 +120,13 @@ def _cells(one: "Measured") -> tuple[str, ...]:
         shown(one.ratio, lambda x: f"{x:.2f}"),
         shown(one.of_peak, lambda x: f"{100 * x:.0f}"),
         shown(one.extra_bytes, lambda x: f"{x / 2**20:.0f}"),
+        "" if one.of_dense is None else f"{one.of_dense:.2f}",
     )
     return (*cells[:3], f"not timed: {one.wrong}") if one.wrong else cells
 
 
 def _line(cells: Sequence[str]) -> str:
-    widths = (34, 7, 14, 9, 9, 7, 8, 10, 10)
+    widths = (36, 7, 14, 9, 9, 7, 8, 10, 10, 8)
     first, *others = (
         text.ljust(width) if place == 0 else text.rjust(width)
         for place, (text, width) in enumerate(zip(cells, widths, strict=False))

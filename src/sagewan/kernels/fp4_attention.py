@@ -60,14 +60,21 @@ def tile_for(sm: int, block_d: int) -> Tile:
 
 
 def sageattn_3_fp4(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q [B, H, N, D], k and v [B, Hk, M, D], bf16 or fp16, any strides → [B, H, N, D].
 
-    ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
-    Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses.
+    ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32;
+    ``block_mask`` is as :func:`attend`'s. Raises ShapeError for what
+    :func:`sagewan.kernels.launch.check` refuses.
     """
-    return _sageattn_3_fp4(q, k, v, scale, return_lse)
+    return _sageattn_3_fp4(q, k, v, scale, return_lse, block_mask)
 
 
 def prepare_sageattn_3_fp4(

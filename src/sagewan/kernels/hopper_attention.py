@@ -72,22 +72,35 @@ def _kernel(device: int, v_dtype: torch.dtype) -> Kernel:
 
 
 def sageattn(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q [B, H, N, D], k and v [B, Hk, M, D], bf16 or fp16, any strides → [B, H, N, D].
 
-    ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32.
-    Raises ShapeError for what :func:`sagewan.kernels.launch.check` refuses, and for other heads
-    than those of 72 to 128 channels.
+    ``scale`` defaults to D**-0.5; ``return_lse`` adds the natural log-sum-exp [B, H, N] float32;
+    ``block_mask`` is as :func:`attend`'s. Raises ShapeError for what
+    :func:`sagewan.kernels.launch.check` refuses, and for other heads than those of 72 to 128
+    channels.
     """
-    return _sageattn(q, k, v, scale, return_lse)
+    return _sageattn(q, k, v, scale, return_lse, block_mask)
 
 
 def sageattn_3_fp8(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`sageattn`, with Q smoothed too, both rotated, and P·V in FP8."""
-    return _sageattn_3_fp8(q, k, v, scale, return_lse)
+    return _sageattn_3_fp8(q, k, v, scale, return_lse, block_mask)
 
 
 def prepare_sageattn(

@@ -151,7 +151,8 @@ class _Chooser:
         """The hardware rows that ``auto`` may take, as far as is known."""
         for mode in MODES.values():
             if mode.quality >= floor:
-                yield from (row for row in rows_of(mode.name) if self.objection(row) is None)
+                rows = (row for row in rows_of(mode.name) if not row.only_masked)
+                yield from (row for row in rows if self.objection(row) is None)
 
 
 def plan_attention(

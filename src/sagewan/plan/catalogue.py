@@ -19,13 +19,15 @@ MAX_PADDING_SHARE = 2e-3
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """What one attention call asks for. ``dtype`` is torch's name of it, such as ``bfloat16``;
-    ``keys`` how many tokens are attended to, None if not known yet."""
+    ``keys`` how many tokens are attended to, None if not known yet; ``block_mask`` whether some
+    blocks of them are left out."""
 
     head_dim: int
     dtype: str
     keys: int | None = None
     grouped_heads: bool = False
     log_sum_exp: bool = False
+    block_mask: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,11 @@ class Implementation(Row):
     ``layout`` is the axis order its function takes (B batch, H heads, N tokens, D head size);
     ``qk`` and ``pv`` the formats its two products multiply in.
 
-    ``scale``, ``lse_option`` and ``grouped_option`` are the keywords for the softmax scale, for
-    the log-sum-exp (returned second), and for fewer key heads than query heads. Without ``scale``
-    the launcher multiplies q instead; without ``lse_option`` it computes a wanted log-sum-exp
-    itself; without ``grouped_option`` the function sees the head counts by itself.
+    ``scale``, ``lse_option``, ``grouped_option`` and ``block_mask`` are the keywords for the
+    softmax scale, for the log-sum-exp (returned second), for fewer key heads than query heads, and
+    for the mask of the blocks to attend to. Without ``scale`` the launcher multiplies q instead;
+    without ``lse_option`` it computes a wanted log-sum-exp itself; without ``grouped_option`` the
+    function sees the head counts by itself. ``only_masked`` rows are for masks alone.
 
     ``changes_key`` marks functions known to smooth the caller's K in place: they get a copy.
     ``key_block`` marks functions that take the padding of their last block of so many keys for
@@ -52,6 +55,8 @@ class Implementation(Row):
     scale: str | None = "scale"
     lse_option: str | None = None
     grouped_option: str | None = None
+    block_mask: str | None = None
+    only_masked: bool = False
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     head_dims: tuple[int, ...] = ()
     grouped_heads: bool = False
@@ -76,6 +81,10 @@ class Implementation(Row):
             yield Objection("grouped-heads")
         if problem.log_sum_exp and not self.log_sum_exp:
             yield Objection("log-sum-exp")
+        if problem.block_mask and not self.block_mask:
+            yield Objection("block-mask")
+        if self.only_masked and not problem.block_mask:
+            yield Objection("only-masked")
 
     def padding_share(self, keys: int) -> float:
         """The most of a row's weight that padding taken for keys can get.
@@ -110,6 +119,18 @@ ROWS: tuple[Implementation, ...] = (
         dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
+        trusted=True,
+    ),
+    Implementation(
+        name="sagewan.sdpa_blocks",
+        mode="sdpa",
+        call="sagewan.attention.block_sparse:sdpa",
+        qk="16 bit",
+        pv="16 bit",
+        block_mask="block_mask",
+        only_masked=True,
+        dtypes=ANY_FLOAT,
+        grouped_heads=True,
         trusted=True,
     ),
     Implementation(
@@ -169,6 +190,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per block",
         pv="16 bit",
         lse_option="return_lse",
+        block_mask="block_mask",
         sms=(90,),
         head_dims=_HOPPER_HEAD_DIMS,
         package=CUDA_BINDINGS,
@@ -185,6 +207,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per block",
         pv="16 bit",
         lse_option="return_lse",
+        block_mask="block_mask",
         sms=AMPERE_UP,
         head_dims=_OUR_HEAD_DIMS,
         package="triton",
@@ -265,6 +288,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per token",
         pv="16 bit",
         lse_option="return_lse",
+        block_mask="block_mask",
         sms=AMPERE_UP,
         head_dims=_OUR_HEAD_DIMS,
         package="triton",
@@ -281,6 +305,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per block",
         pv="fp8 e4m3",
         lse_option="return_lse",
+        block_mask="block_mask",
         sms=(90,),
         head_dims=_HOPPER_HEAD_DIMS,
         package=CUDA_BINDINGS,
@@ -297,6 +322,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per token",
         pv="fp8 e4m3",
         lse_option="return_lse",
+        block_mask="block_mask",
         sms=ADA_UP,
         head_dims=_OUR_HEAD_DIMS,
         package="triton",
@@ -313,6 +339,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="nvfp4",
         pv="nvfp4",
         lse_option="return_lse",
+        block_mask="block_mask",
         sms=(100, 103, 120, 121),
         head_dims=_FP4_HEAD_DIMS,
         package="triton",
@@ -346,6 +373,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8 per block",
         pv="16 bit",
         lse_option="return_lse",
+        block_mask="block_mask",
         dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
@@ -359,6 +387,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8, fine scales",
         pv="16 bit",
         lse_option="return_lse",
+        block_mask="block_mask",
         dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
@@ -372,6 +401,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="int8, fine scales",
         pv="fp8 e4m3",
         lse_option="return_lse",
+        block_mask="block_mask",
         dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,
@@ -386,6 +416,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="nvfp4",
         pv="nvfp4",
         lse_option="return_lse",
+        block_mask="block_mask",
         sms=(80, 86, 87, 89, 90),
         head_dims=_FP4_HEAD_DIMS,
         package="triton",
@@ -403,6 +434,7 @@ ROWS: tuple[Implementation, ...] = (
         qk="nvfp4",
         pv="nvfp4",
         lse_option="return_lse",
+        block_mask="block_mask",
         dtypes=ANY_FLOAT,
         grouped_heads=True,
         log_sum_exp=True,

@@ -20,6 +20,8 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "dtype": "takes {needed}, and the model runs in {found}",
                 "log-sum-exp": "does not return the log-sum-exp",
                 "grouped-heads": "does not take fewer key heads than query heads",
+                "block-mask": "can't leave out blocks of keys, as sparsity wants",
+                "only-masked": "serves only where blocks of keys are left out",
                 "key-padding": (
                     "takes the padding of its last block of {block} keys for keys, which would "
                     "show with only {found}"
@@ -66,6 +68,8 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "dtype": "支持 {needed}，而模型以 {found} 运行",
                 "log-sum-exp": "不返回 log-sum-exp",
                 "grouped-heads": "不支持键的头数少于查询的头数",
+                "block-mask": "不能按稀疏要求略过键的分块",
+                "only-masked": "只用于略过键的分块时",
                 "key-padding": (
                     "会把最后一块（{block} 个键）的填充当作键，只有 {found} 个键时会显现出来"
                 ),

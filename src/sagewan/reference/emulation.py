@@ -7,20 +7,25 @@ SageAttention2 (arXiv:2411.10958) and SageAttention3 (arXiv:2505.11594).
 
 All functions: q [B, H, N, D], k and v [B, Hk, M, D] with H a multiple of Hk, any float dtype
 → [B, H, N, D] in q's dtype; with ``return_lse`` also the log-sum-exp [B, H, N] in float32.
-``scale`` defaults to D**-0.5. Inputs are never changed.
+``scale`` defaults to D**-0.5; ``block_mask`` [B or 1, H or 1, ⌈N/128⌉, ⌈M/128⌉] bool is true for
+the blocks that are attended to, whose rows and keys are multiples of ``block_m`` and ``block_n``; a
+row without any is zero. Inputs are never changed.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sagewan.reference import formats
+from sagewan.reference.attention import BLOCK
 
 _SCORES = 2**24
+# Below every score, and far from the end of float32.
+_LOWEST = -1e30
 
 Round = Callable[[Tensor], Tensor]
 Result = Tensor | tuple[Tensor, Tensor]
@@ -41,6 +46,31 @@ class _Prepared:
     q_means: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """How queries and keys are walked through: by so many rows and keys, and past the blocks that
+    the mask leaves out; ``allowed`` [B or 1, H or 1, rows, ⌈M/128⌉] is the mask of some rows."""
+
+    block_m: int
+    block_n: int
+    block_mask: Tensor | None = None
+    allowed: Tensor | None = None
+
+    def of_rows(self, start: int, count: int) -> "_Walk":
+        """The walk for the rows of queries from ``start``."""
+        if self.block_mask is None:
+            return self
+        allowed = self.block_mask.repeat_interleave(BLOCK, 2)[:, :, start:count]
+        return replace(self, allowed=allowed)
+
+    def masked(self, scores: Tensor, start: int) -> Tensor:
+        """Scores [B, H, rows, N] of the keys from ``start``, minus infinity where left out."""
+        if self.allowed is None:
+            return scores
+        allowed = self.allowed[:, :, : scores.shape[2], start // BLOCK, None]
+        return scores.masked_fill(~allowed, -math.inf)
+
+
 def sageattn(
     q: Tensor,
     k: Tensor,
@@ -51,6 +81,7 @@ def sageattn(
     block_n: int = 64,
     keys_per_scale: int | None = None,
     return_lse: bool = False,
+    block_mask: Tensor | None = None,
 ) -> Result:
     """INT8 Q·Kᵀ with a scale per block, K minus its mean, 16-bit P·V. ``keys_per_scale`` is
     ``block_n`` unless given."""
@@ -62,7 +93,8 @@ def sageattn(
         v=sixteen(v),
         k_exact=smooth,
     )
-    return _finish(q, k, scaled, _online_softmax(operands, sixteen, block_m, block_n), return_lse)
+    result = _online_softmax(operands, sixteen, _Walk(block_m, block_n, block_mask))
+    return _finish(q, k, scaled, result, return_lse)
 
 
 def sageattn_3(
@@ -74,11 +106,13 @@ def sageattn_3(
     block_m: int = 128,
     block_n: int = 64,
     return_lse: bool = False,
+    block_mask: Tensor | None = None,
 ) -> Result:
     """Finely scaled INT8 Q·Kᵀ, Q and K smoothed and rotated, 16-bit P·V."""
     scaled, sixteen = _scale(q, scale), _sixteen_bit(q)
     operands = _fine_int8(scaled, k, sixteen(v), block_m)
-    return _finish(q, k, scaled, _online_softmax(operands, sixteen, block_m, block_n), return_lse)
+    result = _online_softmax(operands, sixteen, _Walk(block_m, block_n, block_mask))
+    return _finish(q, k, scaled, result, return_lse)
 
 
 def sageattn_3_fp8(
@@ -92,6 +126,7 @@ def sageattn_3_fp8(
     rows_per_scale: int = 1,
     rounded_sums: bool = False,
     return_lse: bool = False,
+    block_mask: Tensor | None = None,
 ) -> Result:
     """Q·Kᵀ as :func:`sageattn_3`, but for ``rows_per_scale`` tokens to a scale; P·V in e4m3, P
     times 448 and V scaled per channel. ``rounded_sums`` divides by the sums of P as rounded."""
@@ -99,7 +134,8 @@ def sageattn_3_fp8(
     values = formats.e4m3_per_channel(v).value()
     operands = _fine_int8(scaled, k, values, block_m, rows_per_scale)
     sums = _p_e4m3 if rounded_sums else None
-    result = _online_softmax(operands, _p_e4m3, block_m, block_n, round_sum=sums)
+    walk = _Walk(block_m, block_n, block_mask)
+    result = _online_softmax(operands, _p_e4m3, walk, round_sum=sums)
     return _finish(q, k, scaled, result, return_lse)
 
 
@@ -112,6 +148,7 @@ def sageattn_3_fp4(
     block_m: int = 128,
     block_n: int = 64,
     return_lse: bool = False,
+    block_mask: Tensor | None = None,
 ) -> Result:
     """NVFP4 in both products: Q smoothed per block, K by its mean, P scaled at two levels."""
     scaled, smooth = _scale(q, scale), _minus_mean(k)
@@ -123,7 +160,8 @@ def sageattn_3_fp4(
         k_exact=smooth,
         q_means=q_means,
     )
-    return _finish(q, k, scaled, _online_softmax(operands, _p_nvfp4, block_m, block_n), return_lse)
+    result = _online_softmax(operands, _p_nvfp4, _Walk(block_m, block_n, block_mask))
+    return _finish(q, k, scaled, result, return_lse)
 
 
 def _nvfp4_columns(v: Tensor) -> Tensor:
@@ -185,24 +223,20 @@ def _p_nvfp4(p: Tensor) -> Tensor:
 
 
 def _online_softmax(
-    operands: _Prepared,
-    round_p: Round,
-    block_m: int,
-    block_n: int,
-    *,
-    round_sum: Round | None = None,
+    operands: _Prepared, round_p: Round, walk: _Walk, *, round_sum: Round | None = None
 ) -> tuple[Tensor, Tensor]:
     """→ output [B, H, N, D] and the base-2 log-sum-exp [B, H, N], both float32."""
     rounding = (round_p, round_sum or (lambda p: p))
     batch, heads, count, _ = operands.q.shape
-    rows = max(1, _SCORES // (batch * heads * block_n * block_m)) * block_m
+    block_m = walk.block_m
+    rows = max(1, _SCORES // (batch * heads * walk.block_n * block_m)) * block_m
     outputs, sums = [], []
     for start in range(0, count, rows):
         means = operands.q_means
         if means is not None:
             means = means[..., start // block_m : (start + rows) // block_m, :]
         q = operands.q[..., start : start + rows, :]
-        output, total = _rows_of_output(q, means, operands, rounding, (block_m, block_n))
+        output, total = _rows_of_output(q, means, operands, rounding, walk.of_rows(start, count))
         outputs.append(output)
         sums.append(total)
     return torch.cat(outputs, 2), torch.cat(sums, 2)
@@ -213,26 +247,28 @@ def _rows_of_output(
     means: Tensor | None,
     operands: _Prepared,
     rounding: tuple[Round, Round],
-    blocks: tuple[int, int],
+    walk: _Walk,
 ) -> tuple[Tensor, Tensor]:
-    block_m, block_n = blocks
     round_p, round_sum = rounding
     highest = q.new_full((*q.shape[:-1], 1), -math.inf)
     total = torch.zeros_like(highest)
     output = torch.zeros_like(q)
-    for start in range(0, operands.k.shape[-2], block_n):
-        keys = slice(start, start + block_n)
+    for start in range(0, operands.k.shape[-2], walk.block_n):
+        keys = slice(start, start + walk.block_n)
         scores = _product(q, operands.k[..., keys, :].mT)
         if means is not None:
             correction = _product(means, operands.k_exact[..., keys, :].mT)
-            scores += correction.repeat_interleave(block_m, -2)[..., : q.shape[-2], :]
+            scores += correction.repeat_interleave(walk.block_m, -2)[..., : q.shape[-2], :]
+        scores = walk.masked(scores, start)
         new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
-        rescale = torch.exp2(highest - new_highest)
-        p = torch.exp2(scores - new_highest)
+        # Minus infinity where a row has attended to nothing yet, and no number to subtract.
+        base = new_highest.clamp(min=_LOWEST)
+        rescale = torch.exp2(highest - base)
+        p = torch.exp2(scores - base)
         total = total * rescale + round_sum(p).sum(-1, keepdim=True)
         output = output * rescale + _product(round_p(p), operands.v[..., keys, :])
         highest = new_highest
-    return output / total, (highest + total.log2()).squeeze(-1)
+    return output / torch.where(total > 0, total, 1.0), (highest + total.log2()).squeeze(-1)
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:

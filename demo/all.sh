@@ -10,7 +10,6 @@ model=$out/dit/model
 if [ "$part" != rest ]; then
   vae=${START:+--start $START/vae/vae.safetensors}
   dit=${START:+--start $START/dit/model}
-  # Compiles and captures what the long run will, on a handful of clips: a mistake shows at once.
   python "$here/train_text.py" --out "$out/text" --seconds "${TEXT_SECONDS:-30}"
   # shellcheck disable=SC2086  # nothing, or an option and its path
   python "$here/train_vae.py" $vae --out "$out/vae" --seconds "${VAE_SECONDS:-600}"

@@ -13,6 +13,9 @@ from transformers import UMT5EncoderModel
 
 UNTOLD = 0.1  # the share of clips whose caption is left out, for guidance
 GIVEN = 1 / 3  # the share whose first latent frame is known: image to video
+# The share whose noise level is uniform before the shift. The others are logit-normal, of which
+# hardly any lie where sampling starts, and there it is settled what fills the picture.
+EVEN = 0.25
 
 
 def without_some_captions(ids: Tensor) -> Tensor:
@@ -23,11 +26,19 @@ def without_some_captions(ids: Tensor) -> Tensor:
     return torch.where(left_out, empty, ids)
 
 
+def draw_levels(count: int, shift: float, device: torch.device) -> Tensor:
+    """Noise levels [count] in 0..1."""
+    even = torch.rand(count, device=device)
+    central = torch.randn(count, device=device).sigmoid()
+    chosen = torch.rand(count, device=device) < EVEN
+    return dit.shifted(torch.where(chosen, even, central), shift)
+
+
 def noised(clean: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """clean [B, C, t, h, w] → noisy latents, the velocity to find, the two noise levels of each
     clip [B, 2] (first latent frame, the others), and where the loss counts [B, 1, t, 1, 1]."""
     batch, device = len(clean), clean.device
-    level = dit.shifted(torch.randn(batch, device=device).sigmoid(), shift)
+    level = draw_levels(batch, shift, device)
     known = torch.rand(batch, device=device) < GIVEN
     levels = torch.stack([level * ~known, level], 1)
     noise = torch.randn_like(clean)

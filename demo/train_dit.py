@@ -2,8 +2,8 @@
 
     python demo/train_dit.py --vae build/vae --text build/text --out build/dit
 
-Encodes a fixed set of clips first, then learns flow matching on their latents: logit-normal times
-with the scheduler's shift, one clip in ten without its caption, one in three with its first latent
+Encodes a fixed set of clips first, then learns flow matching on their latents: times with
+the scheduler's shift, one clip in ten without its caption, one in three with its first latent
 frame given clean (image to video). Every fourth step is of few, long clips. The averaged weights
 are what is saved, as the pipeline folder `model/`; `training.json` has the losses. The seconds
 count from the script's start.

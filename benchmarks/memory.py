@@ -31,6 +31,7 @@ from sagewan.memory.placement import Place, Placement
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.linear import Multiplier, QuantLinear
 from sagewan.model.transformer import install
+from sagewan.model.vae import with_channels_last
 from sagewan.pipeline import build as building
 from sagewan.pipeline.decide import Decision
 from sagewan.pipeline.fill import kept_in_float32
@@ -40,6 +41,7 @@ from sagewan.pipeline.run import Prepared, execute
 from sagewan.pipeline.session import Part, Session
 from sagewan.plan.budget import GIB, Chunks
 from sagewan.plan.catalogue import row_named
+from sagewan.plan.decoding import EXACT, Decoding
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.plan import Plan, make_plan
@@ -293,7 +295,8 @@ def _random_models(made: list[Any]) -> Iterator[None]:
         components = building.Components(
             tokenizer=_tokenize,
             text_encoder=Part("text_encoder", _text_encoder, lambda m: m.encoder.block),
-            vae=Part("vae", lambda: _vae(plan.model)),
+            vae=Part("vae", lambda: _vae(plan.model, EXACT)),
+            decoder=Part("vae", lambda: _vae(plan.model, plan.decoding)),
             transformers=tuple(
                 Part(name, lambda: _transformer(plan), lambda m: m.blocks) for name in names
             ),
@@ -404,13 +407,13 @@ def _text_encoder() -> Any:
     return encoder
 
 
-def _vae(model: Model) -> Any:
+def _vae(model: Model, decoding: Decoding) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     with torch.device("meta"):
         vae = AutoencoderKLWan(**VAES[model.name])
-    _fill(vae, torch.float32)
-    return vae
+    _fill(vae, getattr(torch, decoding.dtype))
+    return with_channels_last(vae) if decoding.channels_last else vae
 
 
 # --- single measurements ---

@@ -16,6 +16,7 @@ from sagewan.pipeline.conditions import encode
 from sagewan.pipeline.denoise import denoise
 from sagewan.pipeline.pictures import load_picture
 from sagewan.pipeline.progress import Watch
+from sagewan.plan.decoding import EXACT
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.lora import LoraFile
@@ -49,7 +50,9 @@ def plain_plan(
     """As much of a plan as the building of components asks for."""
     weights = SimpleNamespace(format=None, unpacks=False, quantises=lambda name: False)
     device = SimpleNamespace(torch_name="cpu")
-    return SimpleNamespace(model=model, dtype=dtype, loras=loras, weights=weights, device=device)
+    return SimpleNamespace(
+        model=model, dtype=dtype, loras=loras, weights=weights, device=device, decoding=EXACT
+    )
 
 
 def latents_of(plan: Plan, launcher: Launcher | None = None) -> torch.Tensor:

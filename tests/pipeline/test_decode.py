@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from sagewan.attention.launch import Launcher
 from sagewan.model.vae import decode_pieces
 from sagewan.pipeline.build import build
 from sagewan.pipeline.conditions import denormalized
-from sagewan.pipeline.decode import decode
+from sagewan.pipeline.decode import _ahead, decode
 from sagewan.pipeline.guard import FrameGuard
+from sagewan.plan.decoding import EXACT, Decoding
 from sagewan.plan.plan import Plan
 from tests.pipeline.runs import plan_for
 
@@ -108,3 +109,57 @@ def test_one_value_that_is_not_finite_is_black_or_white_and_told(
     frames = list(decode(build(plan, Launcher()), plan, noise(plan), guard))
     assert frames[3][5, 7, 0] == (0 if value != value else 255)
     assert "not finite" in (guard.objection() or "")
+
+
+@BOTH
+@torch.inference_mode()
+def test_several_latent_frames_at_once_give_the_same(name: str, shrunken_folder: Folder) -> None:
+    plan = plan_for(shrunken_folder(name), frames=17)
+    latents = noise(plan)
+    with build(plan, Launcher()).vae.on("cpu") as vae:
+        singly = torch.cat(list(decode_pieces(latents, vae)), 2)
+        for at_once, wanted in ((2, [1, 8, 8]), (3, [1, 12, 4])):
+            pieces = list(decode_pieces(latents, vae, at_once))
+            assert [piece.shape[2] for piece in pieces] == wanted
+            assert torch.allclose(torch.cat(pieces, 2), singly, atol=1e-5)
+
+
+@BOTH
+def test_a_decoder_in_bfloat16_differs_by_its_rounding(name: str, shrunken_folder: Folder) -> None:
+    plan = plan_for(shrunken_folder(name), frames=13)
+    assert plan.decoding == EXACT, "on a CPU"
+    rounded = replace(plan, decoding=Decoding(dtype="bfloat16", channels_last=True))
+    parts = build(rounded, Launcher())
+    with parts.decoder.on("cpu") as vae:
+        assert {x.dtype for x in vae.parameters()} == {torch.bfloat16}
+        convolution = next(x for x in vae.decoder.parameters() if x.ndim == 5 and x.shape[1] > 1)
+        assert convolution.is_contiguous(memory_format=torch.channels_last_3d)
+    with parts.vae.on("cpu") as vae:
+        assert {x.dtype for x in vae.parameters()} == {torch.float32}, "pictures are encoded so"
+    latents = noise(plan)
+    exact = np.stack(list(decode(build(plan, Launcher()), plan, latents, FrameGuard()))).astype(int)
+    found = np.stack(list(decode(parts, rounded, latents, FrameGuard()))).astype(int)
+    assert 0 < np.abs(found - exact).max() <= 0.1 * np.ptp(exact)
+    assert np.square(found - exact).mean() ** 0.5 < 0.04 * exact.std()
+
+
+def test_one_is_one_part_where_nothing_is_rounded(shrunken_folder: Folder) -> None:
+    from sagewan.pipeline.session import Session
+
+    plan = plan_for(shrunken_folder("wan2.1-t2v-1.3b"))
+    with Session() as session:
+        parts = build(plan, Launcher(), session)
+        assert parts.decoder is parts.vae
+
+
+def test_the_one_before_is_written_while_the_next_is_decoded() -> None:
+    log: list[str] = []
+
+    def decoded(count: int) -> Iterator[int]:
+        for index in range(count):
+            log.append(f"decode {index}")
+            yield index
+
+    log.extend(f"write {piece}" for piece in _ahead(decoded(3), 1))  # type: ignore[arg-type]
+    assert log == ["decode 0", "decode 1", "write 0", "decode 2", "write 1", "write 2"]
+    assert list(_ahead(decoded(2), 0)) == [0, 1]  # type: ignore[arg-type,comparison-overlap]

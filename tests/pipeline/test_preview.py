@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sagewan.checkpoint.find import find_model
-from sagewan.pipeline.build import _vae
+from sagewan.pipeline.build import load_vae
 from sagewan.pipeline.conditions import normalized
 from sagewan.pipeline.preview import Preview, _pictures, _stored, fit_colours
 from sagewan.pipeline.progress import Watch
@@ -18,7 +18,7 @@ Folder = Callable[[str], Path]
 def test_colours_of_pictures_it_never_saw_come_back() -> None:
     location = find_model("demo").location
     assert location is not None
-    vae = _vae(location / "vae")
+    vae = load_vae(location / "vae")
     colours = fit_colours(vae, 16)
     ramp = torch.linspace(0, 1, 128)
     unseen = torch.stack(

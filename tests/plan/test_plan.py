@@ -56,6 +56,24 @@ def test_settings_come_from_the_request_then_the_preset_then_the_model() -> None
     assert plan_for(DEMO, preset="balanced").size == (256, 256)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "found"),
+    [
+        ("auto", "auto", "bfloat16"),
+        ("auto", "float32", "float32"),
+        ("auto", "float16", "float32"),
+        ("cpu", "auto", "float32"),
+        ("cpu", "bfloat16", "float32"),
+    ],
+)
+def test_frames_are_decoded_in_bfloat16_on_a_gpu_that_computes_in_it(
+    device: str, dtype: str, found: str
+) -> None:
+    decoding = plan_for(device=device, dtype=dtype).decoding
+    assert decoding.dtype == found
+    assert decoding.channels_last == (found == "bfloat16")
+
+
 def test_two_experts_have_two_guidance_scales() -> None:
     model = PUBLISHED["wan2.2-t2v-a14b"]
     assert (plan_for(model).steps.cfg, plan_for(model).steps.cfg_2) == (4.0, 3.0)

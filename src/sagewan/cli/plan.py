@@ -60,7 +60,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     guidance = f"cfg {steps.cfg:g}" + ("" if steps.cfg_2 is None else f" then {steps.cfg_2:g}")
     rows = [
         ("model", f"{plan.model.name} ({plan.task}), {_count(plan.model.parameters)} parameters"),
-        ("device", f"{plan.device.name}, {plan.dtype}"),
+        ("device", f"{plan.device.name}, {plan.dtype}, decoded in {plan.decoding.dtype}"),
         ("video", f"{_size(plan.size)}, {counted(plan.frames, 'frame')} at {plan.fps} fps"),
         ("generated", f"{_size(plan.grid_size)}, {plan.tokens} tokens"),
         ("steps", f"{steps.count}, {steps.scheduler}, shift {steps.shift:g}, {guidance}"),

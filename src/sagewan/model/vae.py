@@ -81,15 +81,17 @@ def _spans(size: int, most: int) -> list[Span]:
     return [Span(a, b, size) for a, b in itertools.pairwise(edges)]
 
 
-def decode_pieces(latents: Tensor, vae: Any) -> Iterator[Tensor]:
+def decode_pieces(latents: Tensor, vae: Any, at_once: int = 1) -> Iterator[Tensor]:
     """Latents [1, C, F, H, W] → float32 pieces [1, 3, f, H·s, W·s] in their order; together, and
     clamped to −1 … 1, they are ``vae.decode``'s result. The first latent frame gives one frame,
-    each later one four. Of each latent frame there is one call of the decoder."""
+    each later one four. A call of the decoder takes the first latent frame, or ``at_once`` of the
+    later ones."""
     hidden = vae.post_quant_conv(latents)
     memory: Memory = [None] * _convolutions(vae.decoder)
-    for index in range(hidden.shape[2]):
+    starts = (0, *range(1, hidden.shape[2], at_once))
+    for start, stop in zip(starts, (*starts[1:], hidden.shape[2]), strict=True):
         piece = vae.decoder(
-            hidden[:, :, index : index + 1], feat_cache=memory, feat_idx=[0], first_chunk=index == 0
+            hidden[:, :, start:stop], feat_cache=memory, feat_idx=[0], first_chunk=start == 0
         )
         yield _unpatched(piece, vae)
 
@@ -161,6 +163,16 @@ def _reaches(decoder: Any) -> list[int]:
         reach += 2 * len(block.resnets)
         found.insert(0, reach)
     return found
+
+
+def with_channels_last(vae: Any) -> Any:
+    """The VAE with its convolutions' weights laid out so that the features of a cell lie side by
+    side: what they give is laid out so too, and everything between them keeps it."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        if parameter.ndim in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.ndim])
+    return vae
 
 
 def encode(

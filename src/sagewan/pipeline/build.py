@@ -2,7 +2,8 @@
 
 diffusers' and transformers' classes are used as they are, and filled from the files; the hub is
 never asked. The transformer has the plan's dtype, but for the modules that diffusers keeps in
-float32; the VAE and the CLIP image encoder are float32, as diffusers' examples advise.
+float32; the CLIP image encoder and the VAE are float32, as diffusers' examples advise, but for the
+VAE's decoder, which the plan decides.
 """
 
 from collections import Counter
@@ -24,6 +25,7 @@ from sagewan.errors import CheckpointError
 from sagewan.model.attention import Attention
 from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier
+from sagewan.model.vae import with_channels_last
 from sagewan.pipeline.fill import (
     Packing,
     damage_told,
@@ -35,17 +37,20 @@ from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.session import Part, Session
 from sagewan.pipeline.settings import check_processor, check_vae
 from sagewan.pipeline.step_cache import Forwards
+from sagewan.plan.decoding import EXACT, Decoding
 from sagewan.plan.lora import LoraFile
 from sagewan.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """The parts of a run. ``transformers`` has two for Wan 2.2 A14B: high noise, low noise."""
+    """The parts of a run. ``transformers`` has two for Wan 2.2 A14B: high noise, low noise; the
+    ``decoder`` is the VAE as the plan decodes with it, which may be the same part."""
 
     tokenizer: Any
     text_encoder: Part
     vae: Part
+    decoder: Part
     transformers: tuple[Part, ...]
     image_encoder: Part | None
     image_processor: Any
@@ -112,7 +117,8 @@ def build(
         text_encoder=shelf.part(
             "text_encoder", partial(_text_encoder, dtype=dtype), lambda m: m.encoder.block
         ),
-        vae=shelf.part("vae", _vae),
+        vae=shelf.part("vae", load_vae),
+        decoder=shelf.decoder(plan.decoding),
         transformers=tuple(
             shelf.expert(
                 name,
@@ -166,6 +172,11 @@ class _Shelf:
         part.loras = loras
         return part
 
+    def decoder(self, decoding: Decoding) -> Part:
+        if decoding == EXACT:
+            return self.part("vae", load_vae)
+        return self.part("vae", partial(load_vae, decoding=decoding), stored=str(decoding))
+
     def close(self) -> None:
         """Free whatever else the session has."""
         self.session.only(self._keys)
@@ -191,14 +202,16 @@ def _expert(path: Path, plan: Plan, watch: Watch) -> Any:
         return fill(transformer, source, dtype, kept_in_float32(WanTransformer3DModel), packing)
 
 
-def _vae(path: Path) -> Any:
+def load_vae(path: Path, decoding: Decoding = EXACT) -> Any:
+    """The VAE of a folder or file, in the dtype and the layout of its decoding."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     source = open_source(path, VAE)
     with damage_told(path):
         vae = empty(lambda: AutoencoderKLWan.from_config(config_of(source)))
         check_vae(vae.config, path)
-    return fill(vae, source, torch.float32)
+    fill(vae, source, getattr(torch, decoding.dtype))
+    return with_channels_last(vae) if decoding.channels_last else vae
 
 
 def _text_encoder(path: Path, dtype: torch.dtype) -> Any:

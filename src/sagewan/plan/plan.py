@@ -7,6 +7,7 @@ from sagewan.errors import RequestError
 from sagewan.plan.attention import AttentionPlan, plan_attention
 from sagewan.plan.blocks import BlockPlan, plan_blocks
 from sagewan.plan.catalogue import Problem
+from sagewan.plan.decoding import Decoding, plan_decoding
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB, Device, Hardware
 from sagewan.plan.lora import LoraFile, Schedule, taught_schedule
@@ -69,6 +70,7 @@ class Plan:
     weights: WeightsPlan
     blocks: BlockPlan
     memory: MemoryPlan
+    decoding: Decoding
     cache: CachePlan | None = None
     loras: tuple[LoraFile, ...] = ()
     notes: tuple[str, ...] = ()
@@ -140,6 +142,7 @@ def make_plan(
         blocks=plan_blocks(model, dtype, device, hardware, evidence),
         memory=memory,
         cache=plan_cache(request.cache, steps.count, steps.passes),
+        decoding=plan_decoding(device, dtype),
         loras=loras,
     )
     swap = preset.block_swap if preset else None

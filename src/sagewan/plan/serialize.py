@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -164,6 +164,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "unproven": [row.name for row in plan.blocks.unproven],
         },
         "memory": _memory(plan.memory),
+        "decoding": asdict(plan.decoding),
         "seconds": estimated_seconds(plan),
         "lora": [file.to_json() for file in plan.loras],
         "notes": list(plan.notes),

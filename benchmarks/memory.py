@@ -29,6 +29,7 @@ from sagewan.checkpoint.quantize import pack
 from sagewan.errors import RejectedError, SagewanError
 from sagewan.memory.placement import Place, Placement
 from sagewan.model.attention import Attention, Turn
+from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier, QuantLinear
 from sagewan.model.transformer import install
 from sagewan.model.vae import with_channels_last
@@ -39,6 +40,7 @@ from sagewan.pipeline.probe import probe
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.pipeline.run import Prepared, execute
 from sagewan.pipeline.session import Part, Session
+from sagewan.pipeline.step_cache import Forwards
 from sagewan.plan.budget import GIB, Chunks
 from sagewan.plan.catalogue import row_named
 from sagewan.plan.decoding import EXACT, Decoding
@@ -304,6 +306,8 @@ def _random_models(made: list[Any]) -> Iterator[None]:
             image_processor=None,
             attention=Attention(launcher),
             multiplier=Multiplier(),
+            forwards=Forwards(),
+            blocks=Blocks(),
         )
         made.append(components)
         return components

@@ -23,7 +23,7 @@ _COMPILED = re.compile(r"triton_(poi|red|per)_")
 _PATTERNS = (
     (PREPARATION, r"prepare|quanti[sz]e|unpack|_(rows|columns|reduce|corrections)_kernel"),
     (ATTENTION, r"attention|attend|flash|fmha|sdpa|_attn"),
-    (PRODUCTS, r"gemm|nvjet|cutlass|cublas|xmma|splitk|scaled_mm"),
+    (PRODUCTS, r"gemm|nvjet|cutlass|cublas|xmma|splitk|scaled_mm|_linear_kernel"),
 )
 
 
@@ -54,7 +54,9 @@ def kernels_of(run: Callable[[], object]) -> Mapping[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True
+    ) as profiler:
         run()
         torch.cuda.synchronize()
     spent: Counter[str] = Counter()

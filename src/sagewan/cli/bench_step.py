@@ -31,6 +31,8 @@ _COLUMNS = (
     ("extra GiB", 10),
     ("error", 8),
 )
+_WIDTHS = tuple(width for _, width in _COLUMNS)
+_STAGES = (36, 11, 13, 11, 17, 13)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,11 +219,10 @@ def _lines(found: Sequence["Measured"]) -> Iterator[str]:
     staged = [one for one in found if one.stages]
     if staged:
         yield ""
-        yield _line(("ms a layer, by stage", *staged[0].stages, "between", "", ""))  # type: ignore[misc]
+        yield _line(("ms a layer, by stage", *(staged[0].stages or ()), "all kernels"), _STAGES)
     for one in staged:
-        stages = one.stages or {}
-        between = max(0.0, (one.layer_ms or 0.0) - sum(stages.values()))
-        yield _line((one.name, *(f"{spent:.2f}" for spent in (*stages.values(), between))))
+        spent = (one.stages or {}).values()
+        yield _line((one.name, *(f"{x:.2f}" for x in (*spent, sum(spent)))), _STAGES)
 
 
 def _growth_lines(found: Sequence["Growth"]) -> Iterator[str]:
@@ -237,9 +238,9 @@ def _shown(value: float | None, text: Callable[[float], str]) -> str:
     return "–" if value is None else text(value)
 
 
-def _line(cells: Sequence[str]) -> str:
+def _line(cells: Sequence[str], widths: Sequence[int] = _WIDTHS) -> str:
     first, *others = (
         text.ljust(width) if place == 0 else text.rjust(width)
-        for place, (text, (_, width)) in enumerate(zip(cells, _COLUMNS, strict=False))
+        for place, (text, width) in enumerate(zip(cells, widths, strict=False))
     )
     return "".join((first, *others)).rstrip()

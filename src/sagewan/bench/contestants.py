@@ -21,13 +21,11 @@ from sagewan.errors import UnsupportedError
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier, QuantLinear
-from sagewan.plan.attention import AttentionPlan, plan_attention
-from sagewan.plan.blocks import BlockRow, plan_blocks
-from sagewan.plan.catalogue import Problem
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Device, Hardware
+from sagewan.plan.plan import Plan, make_plan
 from sagewan.plan.request import NO_QUANTIZATION, Request
-from sagewan.plan.weights import Situation, WeightsPlan, plan_weights
+from sagewan.plan.weights import WeightsPlan
 
 BASELINE = "diffusers"
 FLASH = "diffusers, FA2"
@@ -44,14 +42,17 @@ _ATTENTION = {"sageattn": 0.03, "sageattn_3": 0.03, "sageattn_3_fp8": 0.06, "sag
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
     """One way to compute a step. ``weights`` is the quantization, ``products`` what multiplies what
-    in the feed-forward, ``attention`` the row's name; ``during`` the context of a pass; ``limit``
-    the most error against the baseline."""
+    in the feed-forward, ``attention`` and ``blocks`` the rows' names, ``chunks`` how many tokens
+    and heads go at a time; ``during`` the context of a pass; ``limit`` the most error against the
+    baseline."""
 
     name: str
     model: Any
     weights: str = NO_QUANTIZATION
     products: str = "16 bit × 16 bit"
     attention: str = "torch.sdpa"
+    blocks: str = "diffusers"
+    chunks: tuple[int | None, int | None] = (None, None)
     during: Callable[[], AbstractContextManager[object]] = nullcontext
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     limit: float = _SAME
@@ -94,19 +95,16 @@ def contestants(
     transformer = random_transformer(setting.case, setting.device)
     chosen = [Contestant(name=BASELINE, model=transformer), *_of_diffusers(transformer, rivals)]
     refused: dict[str, str] = {}
-    served = {}
-    for mode in modes:
-        try:
-            served[mode] = _attention_plan(setting, mode)
-        except UnsupportedError as error:
-            refused[mode] = str(error)
-    device, hardware = setting.device, setting.hardware
-    blocks = plan_blocks(setting.case.model, DTYPE, device, hardware, Evidence()).row
     for quantization in quantizations:
-        weights = _weights_plan(setting, quantization)
-        stored = _quantised(transformer, weights)
-        for mode, plan in served.items():
-            chosen.append(_ours(stored, weights, mode, plan, blocks))
+        stored = None
+        for mode in modes:
+            try:
+                plan = _plan(setting, quantization, mode)
+            except UnsupportedError as error:
+                refused[mode] = str(error)
+                continue
+            stored = stored or _quantised(transformer, plan.weights)
+            chosen.append(_ours(stored, plan, mode))
     return chosen, refused
 
 
@@ -191,68 +189,64 @@ def shared_copy(transformer: Any) -> Any:
     return copy.deepcopy(transformer, {id(tensor): tensor for tensor in tensors})
 
 
-def _ours(
-    stored: Any, weights: WeightsPlan, mode: str, plan: AttentionPlan, blocks: BlockRow
-) -> Contestant:
-    transformer = shared_copy(stored)
-    own = Attention(Launcher())
-    Blocks().install(transformer, own, blocks)
-    Multiplier().install(transformer, weights)
-    row, main = plan.main.row, weights.main
+def _ours(stored: Any, plan: Plan, mode: str) -> Contestant:
+    transformer, attention = shared_copy(stored), Attention(Launcher())
+    Blocks().install(transformer, attention, plan.blocks.row)
+    Multiplier().install(transformer, plan.weights)
+    row, main = plan.attention.main.row, plan.weights.main
     low = main is not None and main.low
     arithmetic = Arithmetic(
         products=bits_of(main.compute.partition("×")[0]) if main is not None and low else 16,
         scores=bits_of(row.qk),
         values=bits_of(row.pv),
     )
+    stored_as, chunks = plan.weights.quantization, plan.memory.chunks
+    turn = Turn(plan.attention, 1, lambda: None, chunk=chunks.tokens, heads=chunks.heads)
     return Contestant(
-        name=f"ours {_word(weights.quantization)} + {mode}",
+        name=f"ours {_word(stored_as)} + {mode}",
         model=transformer,
-        weights=weights.quantization,
+        weights=stored_as,
         products="16 bit × 16 bit" if main is None else main.compute,
         attention=row.name,
-        during=partial(_turn, own, plan),
+        blocks=plan.blocks.row.name,
+        chunks=(chunks.tokens, chunks.heads),
+        during=partial(attention.during, turn),
         arithmetic=arithmetic,
-        limit=_SAME + _WEIGHTS[weights.quantization] + _ATTENTION.get(mode, 0.0),
+        limit=_SAME + _WEIGHTS[stored_as] + _ATTENTION.get(mode, 0.0),
     )
-
-
-def _turn(attention: Attention, plan: AttentionPlan) -> AbstractContextManager[Turn]:
-    return attention.during(Turn(plan=plan, steps=1, check=lambda: None))
 
 
 def _word(quantization: str) -> str:
     return "bf16" if quantization == NO_QUANTIZATION else quantization
 
 
-def _attention_plan(setting: Setting, mode: str) -> AttentionPlan:
-    """The mode's first row that can be loaded; UnsupportedError says why there is none."""
-    request = Request(prompt="bench", attention=mode, strict=True, emulate=setting.emulate)
-    problem = Problem(head_dim=setting.case.model.head_dim, dtype=DTYPE, keys=setting.case.tokens)
+def _plan(setting: Setting, quantization: str, mode: str) -> Plan:
+    """The plan of a run on this device, but that what it would test first is taken to pass: here
+    it is checked anyway. Rows that can't be loaded give way to the next; UnsupportedError says why
+    none serves the mode."""
+    case, model = setting.case, setting.case.model
+    frames, rows, columns = case.latents
+    request = Request(
+        prompt="bench",
+        attention=mode,
+        quantization=quantization,
+        size=(columns * model.spatial, rows * model.spatial),
+        frames=(frames - 1) * model.temporal + 1,
+        dtype=DTYPE,
+        device=setting.device.torch_name,
+        strict=True,
+        emulate=setting.emulate,
+    )
     evidence = Evidence()
     while True:
-        plan = plan_attention(
-            request, None, problem, setting.device, setting.hardware, evidence, layers=1
-        )
+        plan = make_plan(request, model, setting.hardware, evidence)
         try:
-            load(plan.main.row)
+            load(plan.attention.main.row)
+            load(plan.blocks.row)
         except ImplementationError as error:
             evidence = evidence.with_failure(error.implementation, error.objection)
         else:
             return plan
-
-
-def _weights_plan(setting: Setting, quantization: str) -> WeightsPlan:
-    request = Request(prompt="bench", quantization=quantization, emulate=setting.emulate)
-    situation = Situation(
-        model=setting.case.model,
-        dtype=DTYPE,
-        tokens=setting.case.tokens,
-        device=setting.device,
-        hardware=setting.hardware,
-        evidence=Evidence(),
-    )
-    return plan_weights(request, None, situation)
 
 
 def _quantised(transformer: Any, plan: WeightsPlan) -> Any:

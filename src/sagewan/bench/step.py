@@ -37,6 +37,8 @@ class Measured:
     weights: str
     products: str
     attention: str
+    blocks: str
+    chunks: tuple[int | None, int | None] = (None, None)
     error: float | None = None
     layer_ms: float | None = None
     ends_ms: float | None = None
@@ -99,6 +101,8 @@ def _checked(
         weights=one.weights,
         products=one.products,
         attention=one.attention,
+        blocks=one.blocks,
+        chunks=one.chunks,
         block_bytes=one.block_bytes,
     )
     try:

@@ -150,6 +150,9 @@ def _table(
         print(line)
     for weights, how in {one.weights: one.products for one in found}.items():
         say(f"{weights}: matrices are multiplied as {how}")
+    for blocks, chunks in dict.fromkeys((one.blocks, one.chunks) for one in found):
+        tokens, heads = ("all" if count is None else f"{count:,}" for count in chunks)
+        say(f"blocks of {blocks}: {tokens} tokens and {heads} heads at a time")
     if rate is not None:
         say(
             f"the floor is the arithmetic at the card's listed {rate.bits16:g} TFLOPS in 16 bit "

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sagewan.attention.launch import Launcher
 from sagewan.errors import Cancelled
+from sagewan.model import block
 from sagewan.pipeline.build import build
 from sagewan.pipeline.conditions import Conditions, encode
 from sagewan.pipeline.decode import decode, decode_batch
@@ -190,3 +191,26 @@ def test_a_batch_is_its_videos(name: str, shrunken_folder: Folder) -> None:
         own = np.stack(list(decode(components, each, together[2:], FrameGuard())))
         assert frames.dtype == torch.uint8
         assert np.abs(frames[2].numpy().astype(int) - own).max() <= 1
+
+
+@pytest.mark.parametrize("name", [T2V, "wan2.2-t2v-a14b"])
+def test_keys_and_values_of_the_texts_are_computed_once(
+    name: str, shrunken_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_for(shrunken_folder(name), steps=5)
+    assert plan.memory.text_keys > 0
+    without = replace(plan, memory=replace(plan.memory, text_keys=0))
+    compute, computed = block.text_keys, []
+
+    def counted(attn: Any, text: torch.Tensor) -> Any:
+        computed.append(attn)
+        return compute(attn, text)
+
+    monkeypatch.setattr(block, "text_keys", counted)
+    kept = latents_of(plan)
+    layers, texts = 2, 2
+    # Each expert has its own.
+    assert len(computed) == layers * texts * plan.model.experts
+    computed.clear()
+    assert torch.equal(latents_of(without), kept)
+    assert len(computed) == layers * texts * plan.steps.count

@@ -14,7 +14,7 @@ from sagewan.checkpoint.find import find_model
 from sagewan.pipeline import generate
 from sagewan.pipeline.build import build
 from sagewan.pipeline.conditions import encode
-from sagewan.pipeline.denoise import Turn, _experts, _Forward, start
+from sagewan.pipeline.denoise import Turn, _computed, _experts, _Forward, start
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.lora import Lora
 from sagewan.plan.modes import MODES
@@ -54,7 +54,7 @@ def forward(plan: Plan) -> Iterator[_Forward]:
         components.attention.during(turn),
         _experts(components, plan) as expert,
     ):
-        yield _Forward(expert(0), plan, conditions)
+        yield _Forward(expert(0), plan, conditions, turn)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def path() -> list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
         latents = state.latents
         with forward(plan) as model:
             for time in state.sampler.times:
-                flow = model.guided(latents, time, 1.0)
+                flow = model.guided(latents, time, 1.0, _computed)
                 points.append((prompt, latents, time, flow))
                 latents = state.sampler.step(flow, time, latents)
     return points
@@ -92,7 +92,9 @@ def test_the_transformers_output_stays_near(
         with forward(plan_of(prompt, quantization, emulate=emulate)) as model:
             for own, latents, time, flow in path:
                 if own == prompt:
-                    difference += float((model.guided(latents, time, 1.0) - flow).norm() ** 2)
+                    difference += float(
+                        (model.guided(latents, time, 1.0, _computed) - flow).norm() ** 2
+                    )
                     size += float(flow.norm() ** 2)
     error = (difference / size) ** 0.5
     assert error < most

@@ -251,3 +251,22 @@ def test_minutes_grow_with_steps_and_length_and_shrink_with_the_card() -> None:
 def test_chunks_are_for_long_sequences() -> None:
     assert budget.usual_chunks(T2V, 1000) == Chunks(None, None)
     assert budget.usual_chunks(T2V, 75_600) == Chunks(4096, 8)
+
+
+def test_what_only_saves_time_is_kept_where_all_blocks_are() -> None:
+    large = plan(vram=80, quantization="fp8_scaled", size=(832, 480)).memory
+    assert large.block_swap == 0
+    assert large.chunks == Chunks(16384, None)
+    # 40 layers, 512 tokens, K and V, 5120 features, 2 bytes; for the prompt and the negative one.
+    assert large.text_keys == 2 * 40 * 512 * 2 * 5120 * 2
+    (denoise,) = (stage for stage in large.stages if stage.name == "denoise")
+    assert large.text_keys in {item.device for item in denoise.items}
+    assert plan(vram=80, cfg=1.0).memory.text_keys == large.text_keys // 2
+    small = plan(vram=12, quantization="fp8_scaled", size=(832, 480)).memory
+    assert small.block_swap > 0
+    assert small.text_keys == 0
+    assert small.chunks.tokens == 2048
+    evidence = Evidence().with_shortage(
+        Shortage(stage="denoise", block_swap=0, tile=None, what="out of memory")
+    )
+    assert plan(vram=80, evidence=evidence).memory.text_keys == 0

@@ -9,6 +9,9 @@ from torch import Tensor
 from sagewan.attention.launch import Launcher
 from sagewan.plan.attention import AttentionPlan
 
+# Of the text and, in Wan 2.1, of the picture before it: each [B, M, H, D].
+KeysValues = list[tuple[Tensor, Tensor]]
+
 
 @dataclass
 class Turn:
@@ -16,7 +19,9 @@ class Turn:
     a block and raises when the user has cancelled. Shared by all layers of a run's experts.
 
     Where memory is short a block computes ``chunk`` tokens at a time, and attends ``heads`` heads
-    at a time; None is all.
+    at a time; None is all. ``text`` names the text of the pass under way; where there is room,
+    ``known`` keeps each layer's keys and values of each text, which no step changes. They belong to
+    one transformer: another begins with none.
     """
 
     plan: AttentionPlan
@@ -25,6 +30,13 @@ class Turn:
     step: int = 0
     chunk: int | None = None
     heads: int | None = None
+    text: str = ""
+    known: dict[tuple[int, str], KeysValues] | None = None
+
+    def forget_texts(self) -> None:
+        """Begin with none, for another transformer."""
+        if self.known is not None:
+            self.known = {}
 
 
 class Attention:
@@ -54,6 +66,15 @@ class Attention:
         """q, k, v [B, H, N, D] → [B, H, N, D], in the implementation planned for this layer."""
         turn = self.turn
         return self._launcher.attend(q, k, v, turn.plan.choice(turn.step, turn.steps, layer))
+
+    def keys_of_text(self, layer: int, compute: Callable[[], KeysValues]) -> KeysValues:
+        """The keys and values of this pass's text in a layer, computed once where they are kept."""
+        known, place = self.turn.known, (layer, self.turn.text)
+        if known is None:
+            return compute()
+        if place not in known:
+            known[place] = compute()
+        return known[place]
 
     def whole(self) -> AbstractContextManager[None]:
         """A block whose calls are counted only if no implementation fails in it."""

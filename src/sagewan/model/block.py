@@ -64,7 +64,7 @@ class Block:
         """Each token's attention is its own affair, so tokens come in chunks here too. Torch's
         SDPA in the model's dtype: it is under 2 % of the time."""
         block, attn = self.block, self.block.attn2
-        known = text_keys(attn, text)
+        known = self.attention.keys_of_text(self.layer, lambda: text_keys(attn, text))
         for start, stop in self._chunks(hidden):
             here = hidden[:, start:stop]
             x = block.norm2(here.float()).type_as(hidden)

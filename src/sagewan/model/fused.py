@@ -49,7 +49,8 @@ class FusedBlock:
         table = self.block.scale_shift_table.unsqueeze(0)
         own = Modulation(table + times.vectors.float(), times.bounds)
         attended = self._attended(hidden, own, rotary)
-        known = text_keys(self.block.attn2, text)
+        cross = self.block.attn2
+        known = self.attention.keys_of_text(self.layer, lambda: text_keys(cross, text))
         for start, stop in chunks(hidden.shape[1], self.attention.turn.chunk):
             chunk = _Chunk(hidden[:, start:stop], own.runs(start, stop))
             self._after_attention(chunk, attended[:, start:stop], known)

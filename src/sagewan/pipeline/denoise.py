@@ -99,7 +99,7 @@ def denoise(
             index = expert_of(float(time), plan)
             lacking: str | None = None
             try:
-                forward = _Forward(expert(index), plan, conditions)
+                forward = _Forward(expert(index), plan, conditions, turn)
                 passed = partial(reuse.forward, step, index)
                 with components.counted():
                     prediction = forward.guided(latents, time, _guidance(index, plan), passed)
@@ -121,7 +121,14 @@ def denoise(
 
 def _turn(plan: Plan, steps: int, check: Callable[[], None]) -> Turn:
     chunks = plan.memory.chunks
-    return Turn(plan.attention, steps, check, chunk=chunks.tokens, heads=chunks.heads)
+    return Turn(
+        plan.attention,
+        steps,
+        check,
+        chunk=chunks.tokens,
+        heads=chunks.heads,
+        known={} if plan.memory.text_keys else None,
+    )
 
 
 @torch.inference_mode()
@@ -136,7 +143,7 @@ def predict(
         found = []
         for step, latents in points:
             turn.step, time = step, times[step]
-            forward = _Forward(expert(expert_of(float(time), plan)), plan, conditions)
+            forward = _Forward(expert(expert_of(float(time), plan)), plan, conditions, turn)
             found.append(forward.guided(latents, time, 1.0, _computed))
         return found
 
@@ -187,6 +194,7 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
             if index not in held:
                 held.clear()
                 stack.close()
+                components.attention.turn.forget_texts()
                 part = components.transformers[index]
                 place = Place(
                     device=plan.device.torch_name,
@@ -213,19 +221,22 @@ class _Forward:
     transformer: Any
     plan: Plan
     conditions: Conditions
+    turn: Turn
 
     def guided(self, latents: Tensor, time: Tensor, scale: float, passed: Pass) -> Tensor:
         """The predicted flow, float32: with classifier-free guidance where ``scale`` > 1. Each pass
         goes through ``passed``, which may know the answer."""
-        given, negative = self.conditions.prompt, self.conditions.negative
-        answer = passed(PROMPT, latents, partial(self._predict, latents, time, given))
-        if scale <= 1 or negative is None:
+        answer = passed(PROMPT, latents, partial(self._predict, latents, time, PROMPT))
+        if scale <= 1 or self.conditions.negative is None:
             return answer
-        without = passed(NEGATIVE, latents, partial(self._predict, latents, time, negative))
+        without = passed(NEGATIVE, latents, partial(self._predict, latents, time, NEGATIVE))
         return without + scale * (answer - without)
 
-    def _predict(self, latents: Tensor, time: Tensor, text: Tensor) -> Tensor:
+    def _predict(self, latents: Tensor, time: Tensor, part: str) -> Tensor:
         dtype = self.transformer.dtype
+        self.turn.text = part
+        text = self.conditions.prompt if part == PROMPT else self.conditions.negative
+        assert text is not None
         picture = self.conditions.picture
         prediction: Tensor = self.transformer(
             hidden_states=self._inputs(latents).to(dtype),

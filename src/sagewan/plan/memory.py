@@ -25,9 +25,9 @@ _AFTER_SHORTAGE = 0.85
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What the sums are made of. ``weight_bytes`` are those of one transformer, ``lora_bytes`` of
-    what lies beside them; the size is (width, height), on the grid. ``packed`` weights
-    are unpacked, one matrix at a time, by some rows; ``file_backed`` ones stay in
-    the pages of their files where they are not pinned."""
+    what lies beside them; the size is (width, height), on the grid. A step makes a pass for each of
+    ``texts``. ``packed`` weights are unpacked, one matrix at a time, by some rows; ``file_backed``
+    ones stay in the pages of their files where they are not pinned."""
 
     request: Request
     model: Model
@@ -39,6 +39,7 @@ class Needs:
     weight_bytes: int
     lora_bytes: int
     quantised_attention: bool
+    texts: int = 1
     packed: bool = False
     file_backed: bool = True
 
@@ -48,15 +49,17 @@ class MemoryPlan:
     """Where everything is. Tiles are (rows, columns) of latent cells, None for whole frames.
 
     ``block_swap`` of each transformer's blocks wait in host memory, ``pin_budget`` bytes of which
-    may be pinned; ``chunks`` is how its blocks compute; ``text_swap`` of the text encoder's blocks
-    are swapped, through ``text_pin_budget`` bytes of pinned memory; ``stays``: the transformer
-    stays on the device while a session decodes.
+    may be pinned; ``chunks`` is how its blocks compute; ``text_keys`` are the bytes of the text's
+    keys and values, kept from the first step on, 0 where each step computes them; ``text_swap`` of
+    the text encoder's blocks are swapped, through ``text_pin_budget`` bytes of pinned memory;
+    ``stays``: the transformer stays on the device while a session decodes.
     ``stages`` are the sums; ``room`` and ``host_room`` what they must fit in.
     """
 
     block_swap: int
     pin_budget: int
     chunks: Chunks
+    text_keys: int
     text_swap: int
     text_pin_budget: int
     encode_tile: tuple[int, int] | None
@@ -121,6 +124,7 @@ class _Planner:
             block_swap=swap,
             pin_budget=self._pin_budget,
             chunks=chunks,
+            text_keys=self._text_keys(chunks, swap),
             text_swap=text_swap,
             text_pin_budget=min(self._pin_budget, budget.text_staging(text_swap, self._number)),
             encode_tile=encode_tile,
@@ -141,7 +145,7 @@ class _Planner:
             yield budget.picture_stage(
                 model, self._cells, draft.encode_tile, on_device=self._on_device
             )
-        yield self._denoise(draft.chunks, draft.block_swap)
+        yield self._denoise(draft.chunks, draft.block_swap, draft.text_keys)
         staying = self._resident(draft.block_swap) if draft.stays else 0
         yield budget.decode_stage(
             model, self._shape, draft.decode_tile, on_device=self._on_device, staying=staying
@@ -234,7 +238,8 @@ class _Planner:
         return next(fitting, budget.tile_sizes(self._cells)[-1])
 
     def _chunks_and_swap(self) -> tuple[Chunks, int]:
-        """The usual chunks and as few swapped blocks as fit; small chunks where none do."""
+        """Roomy chunks where they fit and nothing is swapped; else the usual ones and as few
+        swapped blocks as fit; small chunks where none do."""
         needs, layers = self.needs, self.needs.model.layers
         asked = min(needs.request.block_swap or 0, layers)
         usual = budget.usual_chunks(needs.model, needs.tokens)
@@ -244,12 +249,26 @@ class _Planner:
         if short:
             usual = budget.small_chunks()
             asked = min(layers, max(asked, short.block_swap + max(_LEAST_SWAP, layers // 4)))
+        roomy = budget.roomy_chunks(needs.tokens)
+        if not short and not asked and self._fits(self._denoise(roomy, 0)):
+            return roomy, 0
         counts = [n for n in range(layers + 1) if n >= asked and (n == asked or n >= _LEAST_SWAP)]
         for chunks in (usual, budget.small_chunks()):
             for swap in counts:
                 if self._fits(self._denoise(chunks, swap)):
                     return chunks, swap
         return budget.small_chunks(), layers
+
+    def _text_keys(self, chunks: Chunks, swap: int) -> int:
+        """Bytes of the text's keys and values, if there is room for them and for all blocks."""
+        needs = self.needs
+        nbytes = budget.text_keys_bytes(needs.model, needs.texts, self._number)
+        stage = self._denoise(chunks, swap, nbytes)
+        if not self._on_device:
+            # Of all of its memory: what is free changes from run to run.
+            total = self.hardware.memory_total
+            return nbytes if not total or self._with_overhead(stage).host <= total else 0
+        return nbytes if not swap and self._fits(stage) and not self._short("denoise") else 0
 
     def _short(self, stage: str) -> Shortage | None:
         """The last shortage of a stage, if there was one."""
@@ -273,7 +292,7 @@ class _Planner:
         weights, layers = self._weights, self.needs.model.layers
         return weights.around + (layers - swap + min(2, swap)) * weights.block
 
-    def _denoise(self, chunks: Chunks, swap: int) -> Stage:
+    def _denoise(self, chunks: Chunks, swap: int, text_keys: int = 0) -> Stage:
         needs, model = self.needs, self.needs.model
         weights = self._weights
         active = budget.activations(
@@ -285,7 +304,12 @@ class _Planner:
         resident = self._resident(swap)
         if not self._on_device:
             return Stage(
-                "denoise", (Item("transformer", 0, resident), Item("activations", 0, active))
+                "denoise",
+                (
+                    Item("transformer", 0, resident),
+                    Item("text keys and values", 0, text_keys),
+                    Item("activations", 0, active),
+                ),
             )
         waiting = swap * weights.block
         pinned = min(waiting, self._pin_budget)
@@ -296,6 +320,7 @@ class _Planner:
             (
                 Item("transformer", resident, host, pinned, max(0, waiting - host)),
                 Item("LoRAs", needs.lora_bytes),
+                Item("text keys and values", text_keys),
                 Item("activations", active),
             ),
         )

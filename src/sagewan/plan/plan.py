@@ -118,6 +118,7 @@ def make_plan(
         tokens=tokens,
         weight_bytes=weights.bytes,
         lora_bytes=sum(file.nbytes for file in loras),
+        texts=2 if max(steps.cfg, steps.cfg_2 or 0) > 1 else 1,
         quantised_attention=any(MODES[c.mode].quality < Quality.EXACT for c in attention.choices),
         packed=weights.format is not None,
         file_backed=weights.format == model.quantized and not weights.unpacks,

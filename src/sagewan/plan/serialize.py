@@ -186,6 +186,7 @@ def _memory(memory: MemoryPlan) -> dict[str, Any]:
         "block_swap": memory.block_swap,
         "chunk_tokens": memory.chunks.tokens,
         "heads_at_once": memory.chunks.heads,
+        "text_keys_bytes": memory.text_keys,
         "text_encoder_swap": memory.text_swap,
         "encode_tile": memory.encode_tile and list(memory.encode_tile),
         "decode_tile": memory.decode_tile and list(memory.decode_tile),

@@ -15,6 +15,7 @@ from sagewan.plan.lora import Lora
 from sagewan.plan.parse import PARSE
 from sagewan.plan.request import Ends, Request
 from sagewan.plan.serialize import field_types
+from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
 
 FIELDS = tuple(field.name for field in fields(Request))
@@ -57,6 +58,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "attention": ("sageattn_3", "sageattn_3"),
     "attention_ends": ("sdpa:2,1", Ends(mode="sdpa", first=2, last=1)),
     "attention_keep_layers": ("39,0", (0, 39)),
+    "sparsity": ("radial:0.75,4", Sparsity(kind="radial", share=0.75, dense=4)),
     "quantization": ("fp8_scaled", "fp8_scaled"),
     "block_swap": ("20", 20),
     "cache": ("easy:0.05", StepCache(method="easy", threshold=0.05)),
@@ -104,6 +106,10 @@ def test_a_flag_left_out_is_the_fields_default() -> None:
         (["--size", "big"], "write WIDTHxHEIGHT"),
         (["--attention-ends", "sdpa"], "write MODE:FIRST,LAST"),
         (["--seed", "-1"], "seed=-1"),
+        (["--sparsity", "radial"], "sparsity=radial: write KIND:SHARE"),
+        (["--sparsity", "radial:1"], "between 0 and 1"),
+        (["--sparsity", "radial:0.5,x"], "keep the first 4 steps dense"),
+        (["--sparsity", "random:0.5"], "kinds: radial, sta"),
         (["--cache", "easy"], "cache=easy: write METHOD:THRESHOLD"),
         (["--cache", "hard:0.1"], "methods: easy"),
         (["--cache", "easy:nan"], "cache=easy:nan"),

@@ -13,6 +13,7 @@ from sagewan.errors import Cancelled, RequestError
 from sagewan.evaluate.run import Evaluation, evaluate
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.plan.request import Request
+from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
 from sagewan.reference import emulation
 
@@ -61,6 +62,18 @@ def test_a_step_cache_is_one_more_axis_and_what_it_reuses_is_told(tmp_path: Path
     # The weights are the same, so that one forward pass loses nothing.
     assert cached["dit"]["value"] == 0
     assert 10 < cached["psnr"]["value"] < 100
+
+
+def test_sparsity_is_one_more_axis_and_what_it_leaves_out_is_told(tmp_path: Path) -> None:
+    wanted = settings(tmp_path, "sdpa", size=(256, 256), frames=17)
+    sparsity = (None, Sparsity.parse("radial:0.67,0"))
+    found = evaluate(replace(wanted, sparsity=sparsity, count=1))
+    exact, sparse = found.entries
+    assert sparse["name"] == "sdpa, radial:0.67,0"
+    assert sparse["skipped"]["value"] == pytest.approx(2 / 3 * 7 / 8)
+    assert "58% of the blocks of keys left out" in found.table
+    assert sparse["dit"]["value"] > 0
+    assert exact["sparsity"] is None
 
 
 def test_an_evaluation_that_compares_nothing_says_what_would(

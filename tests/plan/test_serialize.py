@@ -22,6 +22,7 @@ from sagewan.plan.serialize import (
     request_to_json,
     settings,
 )
+from sagewan.plan.sparsity import KINDS, Sparsity
 from sagewan.plan.step_cache import METHODS, StepCache
 from tests.machines import DEMO, WAN_14B, machine
 
@@ -37,6 +38,12 @@ loras = st.builds(
     path=paths,
     strength=st.integers(-1000, 1000).map(lambda n: n / 100),
     expert=st.sampled_from([None, "high", "low"]),
+)
+sparsities = st.builds(
+    Sparsity,
+    kind=st.sampled_from(KINDS),
+    share=st.integers(1, 999).map(lambda n: n / 1000),
+    dense=st.none() | st.integers(0, 99),
 )
 caches = st.builds(
     StepCache,
@@ -68,6 +75,7 @@ def requests(draw: st.DrawFn) -> Request:
         attention_ends=attention_ends,
         attention_keep_layers=tuple(layers),
         quantization=draw(st.sampled_from([None, *QUANTIZATIONS])),
+        sparsity=draw(st.none() | sparsities),
         cache=draw(st.none() | caches),
         lora=tuple(draw(st.lists(loras, max_size=2))),
         steps=draw(st.none() | st.integers(1, 1000)),

@@ -14,6 +14,7 @@ from sagewan.checkpoint.places import models_folder
 from sagewan.errors import RequestError
 from sagewan.plan.modes import fitting_preset
 from sagewan.plan.request import Ends, Request
+from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
 from sagewan.ui import uploads
 from sagewan.ui.door import owner_of
@@ -65,6 +66,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], Any]] = {
     "shift": ({"shift": "8"}, 8.0),
     "scheduler": ({"scheduler": "lcm"}, "lcm"),
     "quantization": ({"quantization": "fp8_scaled"}, "fp8_scaled"),
+    "sparsity": ({"sparsity": "sta:0.5"}, Sparsity(kind="sta", share=0.5)),
     "cache": ({"cache": "easy:0.1"}, StepCache(method="easy", threshold=0.1)),
     "seed": ({"seed": str(2**60 + 1)}, 2**60 + 1),
     "size": ({"size": "1280x720"}, (1280, 720)),
@@ -114,6 +116,7 @@ WRONG = {
     "attention": {"attention": "sageatn"},
     "attention_ends": {"attention": "sdpa", "attention_ends": "sdpa", "attention_ends.last": "x"},
     "attention_keep_layers": {"attention_keep_layers": "first"},
+    "sparsity": {"sparsity": "0.75"},
     "cache": {"cache": "easy"},
     "steps": {"steps": "2.5"},
     "cfg": {"cfg": "high"},

@@ -7,13 +7,22 @@ from sagewan.reference.attention import BLOCK
 
 
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, block_mask: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    block_mask: Tensor | None = None,
 ) -> Tensor:
-    """q [B, H, N, D], k and v [B, Hk, M, D] → [B, H, N, D]. ``block_mask`` [B or 1, 1, ⌈N/128⌉,
-    ⌈M/128⌉] bool is true for the blocks to attend to; a row without any is zero.
+    """q [B, H, N, D], k and v [B, Hk, M, D] → [B, H, N, D]. ``block_mask`` [B or 1, H or 1,
+    ⌈N/128⌉, ⌈M/128⌉] bool is true for the blocks to attend to, None for all; a row without any is
+    zero.
 
     Each block of queries has its keys gathered, so that memory grows by one block's keys.
     """
+    grouped = k.shape[1] != q.shape[1]
+    if block_mask is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     if block_mask.shape[1] != 1:
         parts = [
             sdpa(q[:, h : h + 1], key, value, scale=scale, block_mask=block_mask[:, h : h + 1])
@@ -27,7 +36,6 @@ def sdpa(
         ]
         return cat(videos, 0)
     out = q.new_zeros(q.shape)
-    grouped = k.shape[1] != q.shape[1]
     # One transfer: asking row by row would wait for the device each time.
     for block, allowed in enumerate(block_mask[0, 0].tolist()):
         keys = [slice(i * BLOCK, (i + 1) * BLOCK) for i, kept in enumerate(allowed) if kept]

@@ -11,6 +11,7 @@ from sagewan.pipeline.progress import Watch
 from sagewan.plan.modes import MODES
 from sagewan.plan.parse import OFF, parsed
 from sagewan.plan.request import NO_QUANTIZATION, Request
+from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
 
 # The fields of a request that all clips share.
@@ -38,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[NO_QUANTIZATION],
         metavar="Q",
         help="the quantizations to evaluate each mode with: none, fp8_scaled, fp4_scaled (none)",
+    )
+    parser.add_argument(
+        "--sparsity",
+        nargs="+",
+        default=[OFF],
+        metavar="KIND:S",
+        help="what of attention is left out in all of these, such as none radial:0.75 (none)",
     )
     parser.add_argument(
         "--cache",
@@ -74,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         for kind in arguments.quantization:
             # Refuses unknown names as everywhere.
             Request(prompt="evaluate", attention=mode, quantization=kind)
+    sparsities: list[Sparsity | None] = [parsed("sparsity", text) for text in arguments.sparsity]
     caches: list[StepCache | None] = [parsed("cache", text) for text in arguments.cache]
     request = Request(prompt="evaluate", **fields)
     count, batch = _number("count", arguments.count), _number("batch", arguments.batch)
@@ -83,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         request=request,
         attention=tuple(arguments.attention),
         quantization=tuple(arguments.quantization),
+        sparsity=tuple(sparsities),
         cache=tuple(caches),
         folder=arguments.output,
         prompts=arguments.prompts,

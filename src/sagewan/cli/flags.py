@@ -34,6 +34,11 @@ FLAGS: Mapping[str, Flag] = {
     "attention": Flag("MODE", f"{', '.join((*MODES, AUTO))} (auto)", "a"),
     "attention_ends": Flag("MODE:N,M", "another mode for the first N and last M steps"),
     "attention_keep_layers": Flag("0,39", "layers that keep the mode of --attention-ends"),
+    "sparsity": Flag(
+        "KIND:S",
+        "leave out this share of attention, radial or sta, but in the first quarter of the steps: "
+        "radial:0.75; faster on long videos, another video (none)",
+    ),
     "quantization": Flag(
         "Q", f"how the transformer's weights are kept: {', '.join(QUANTIZATIONS)} (auto)", "q"
     ),

@@ -11,6 +11,7 @@ from sagewan.plan.hardware import GIB
 from sagewan.plan.plan import Plan
 from sagewan.plan.pretend import CARDS, pretend
 from sagewan.plan.serialize import plan_to_json
+from sagewan.plan.sparsity import SparsityPlan
 from sagewan.plan.speed import estimated_seconds
 from sagewan.plan.step_cache import CachePlan
 
@@ -66,6 +67,8 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         ("steps", f"{steps.count}, {steps.scheduler}, shift {steps.shift:g}, {guidance}"),
         ("attention", _choice(plan.attention.main)),
     ]
+    if plan.sparsity:
+        rows.append(("", _left_out(plan, plan.sparsity)))
     if plan.cache:
         rows.insert(5, ("cache", _cached(plan.cache)))
     if plan.attention.ends:
@@ -89,6 +92,15 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("time", f"{about} {_roughly(seconds)}, by the card's listed rates"))
     rows += [("note", note) for note in plan.notes]
     return rows
+
+
+def _left_out(plan: Plan, sparsity: SparsityPlan) -> str:
+    share = sparsity.skipped_of_all(range(plan.steps.count), plan.model.layers)
+    return (
+        f"{sparsity.sparsity}: {sparsity.kept} of {sparsity.blocks} blocks of keys kept, all in "
+        f"the first {counted(sparsity.dense_steps, 'step')} and "
+        f"{counted(sparsity.dense_layers, 'layer')}: {share:.0%} left out"
+    )
 
 
 def _cached(cache: CachePlan) -> str:

@@ -1,5 +1,5 @@
-"""The cells of an evaluation: an attention mode with a quantization and a step cache or none, and
-the plan of each."""
+"""The cells of an evaluation: an attention mode with a quantization, sparsity or none and a step
+cache or none, and the plan of each."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +16,11 @@ from sagewan.plan.lora import LoraFile
 from sagewan.plan.models import Model
 from sagewan.plan.objection import Objection
 from sagewan.plan.request import NO_QUANTIZATION, Request
+from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
 
 EXACT = "sdpa"
-_REFERENCE = (EXACT, NO_QUANTIZATION, None)
+_REFERENCE = (EXACT, NO_QUANTIZATION, None, None)
 _EMULATED = frozenset(row.name for row in ROWS if row.emulated)
 
 
@@ -30,6 +31,7 @@ class Cell:
 
     attention: str
     quantization: str
+    sparsity: Sparsity | None
     cache: StepCache | None
     decision: Decision
     changes: list[Change]
@@ -38,11 +40,14 @@ class Cell:
     @property
     def name(self) -> str:
         kind = None if self.quantization == NO_QUANTIZATION else self.quantization
-        return ", ".join(str(part) for part in (self.attention, kind, self.cache) if part)
+        return ", ".join(
+            str(part) for part in (self.attention, kind, self.sparsity, self.cache) if part
+        )
 
     @property
     def is_reference(self) -> bool:
-        return (self.attention, self.quantization, self.cache) == _REFERENCE
+        axes = self.attention, self.quantization, self.sparsity, self.cache
+        return axes == _REFERENCE
 
     def without(self, failures: Mapping[str, Objection]) -> None:
         """Decide again, now that these implementations, by name, are known to fail."""
@@ -57,14 +62,15 @@ class Axes:
 
     attention: Sequence[str]
     quantization: Sequence[str]
+    sparsity: Sequence[Sparsity | None] = (None,)
     cache: Sequence[StepCache | None] = (None,)
 
-    def cells(self) -> Iterator[tuple[str, str, StepCache | None]]:
+    def cells(self) -> Iterator[tuple[str, str, Sparsity | None, StepCache | None]]:
         """The reference first. Those of one quantization stand together, since it takes loading to
         change."""
-        combined = itertools.product(self.quantization, self.cache, self.attention)
-        every = [_REFERENCE, *((mode, kind, cache) for kind, cache, mode in combined)]
-        yield from dict.fromkeys(every)
+        combined = itertools.product(self.quantization, self.cache, self.sparsity, self.attention)
+        every = ((mode, kind, sparsity, cache) for kind, cache, sparsity, mode in combined)
+        yield from dict.fromkeys((_REFERENCE, *every))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +83,16 @@ class Subject:
 
 
 def make_cells(request: Request, subject: Subject, axes: Axes, watch: Watch) -> list[Cell]:
-    """The reference, exact attention on weights in the plan's own dtype without a cache, then all
-    that the axes combine. Proves what the plans want proved. Raises as
+    """The reference, exact attention on weights in the plan's own dtype with nothing left out, then
+    all that the axes combine. Proves what the plans want proved. Raises as
     :func:`sagewan.plan.plan.make_plan`."""
     cells: list[Cell] = []
     first_of: dict[object, str] = {}
-    for mode, kind, cache in axes.cells():
-        wanted = replace(request, attention=mode, quantization=kind, cache=cache)
+    for mode, kind, sparsity, cache in axes.cells():
+        wanted = replace(request, attention=mode, quantization=kind, sparsity=sparsity, cache=cache)
         decision = decide(wanted, subject.model, subject.hardware, subject.loras, watch=watch)
-        cell = Cell(mode, kind, cache, decision, list(planned_changes(decision.plan)))
+        changes = list(planned_changes(decision.plan))
+        cell = Cell(mode, kind, sparsity, cache, decision, changes)
         cell.same_as = first_of.get(_what_runs(cell))
         first_of.setdefault(_what_runs(cell), cell.name)
         cells.append(cell)
@@ -96,7 +103,8 @@ def _what_runs(cell: Cell) -> object:
     plan = cell.decision.plan
     weights = plan.weights
     rows = [(kind, role, row.name) for kind, role, row in weights.rows]
-    return plan.attention.main.row.name, weights.format, weights.unpacks, str(rows), plan.cache
+    left_out = plan.sparsity, plan.cache
+    return plan.attention.main.row.name, weights.format, weights.unpacks, str(rows), left_out
 
 
 def ran(attention: Sequence[Mapping[str, Any]], weights: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -83,6 +83,9 @@ class Batch:
         noise = start(plan, [clip.seed for clip in self._clips])
         latents, reused = _latents(components, plan, conditions, noise, self._watch)
         seconds = (time.perf_counter() - began) / len(self._clips)
+        skipped = 0.0
+        if plan.sparsity:
+            skipped = plan.sparsity.skipped * launcher.masked_calls / launcher.calls
         if cell.is_reference:
             if not latents.isfinite().all():
                 raise RejectedError(
@@ -98,7 +101,7 @@ class Batch:
             frames = decode_batch(components, plan, latents)
             likeness = self._likeness(frames, latents, components, plan)
         told = ran(launcher.ran(), components.multiplier.ran())
-        shared = {"ran": told, "seconds": round(seconds, 4)}
+        shared = {"ran": told, "seconds": round(seconds, 4), "skipped": skipped}
         return [
             shared | {"reused": share} | alike | right
             for share, alike, right in zip(reused, likeness, self._right(frames), strict=True)

@@ -29,6 +29,7 @@ from sagewan.plan.models import Model
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import settings
+from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
 from sagewan.plan.words import check_words
 
@@ -38,12 +39,12 @@ logger = logging.getLogger(__name__)
 # on a CPU: 256 and 4 of the demo's usual clips. A Wan video is one alone.
 _HIDDEN = (256 * 320 * 256, 4 * 320 * 256)
 # What a batch and its results depend on, beside the cells.
-_SHARED = ("prompt", "negative", "attention", "quantization", "cache", "metadata")
+_SHARED = ("prompt", "negative", "attention", "quantization", "sparsity", "cache", "metadata")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What to evaluate. ``request`` says all but the prompts and the three axes of the cells;
+    """What to evaluate. ``request`` says all but the prompts and the axes of the cells;
     ``prompts`` is a file with one a line (None: the demo's own), of which the first ``count`` are
     used; ``batch`` how many clips are made at once (None: by their tokens)."""
 
@@ -51,6 +52,7 @@ class Evaluation:
     attention: tuple[str, ...]
     quantization: tuple[str, ...]
     folder: Path
+    sparsity: tuple[Sparsity | None, ...] = (None,)
     cache: tuple[StepCache | None, ...] = (None,)
     prompts: Path | None = None
     count: int | None = None
@@ -84,7 +86,9 @@ def evaluate(evaluation: Evaluation, *, watch: Watch | None = None) -> Evaluated
     subject = Subject(model=model, loras=find_loras(request.lora, model), hardware=probe())
     asked = _prompts(evaluation, model)
     request = replace(request, prompt=asked[0].prompt)
-    axes = Axes(evaluation.attention, evaluation.quantization, evaluation.cache)
+    axes = Axes(
+        evaluation.attention, evaluation.quantization, evaluation.sparsity, evaluation.cache
+    )
     cells = make_cells(request, subject, axes, watch)
     if len(cells) > 1 and all(cell.same_as for cell in cells[1:]):
         logger.warning(

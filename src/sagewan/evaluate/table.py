@@ -22,6 +22,7 @@ def _entry(cell: Cell, reference: str, lines: Lines) -> dict[str, Any]:
         "name": cell.name,
         "attention": cell.attention,
         "quantization": cell.quantization,
+        "sparsity": cell.sparsity and str(cell.sparsity),
         "cache": cell.cache and str(cell.cache),
         "same_as": cell.same_as,
         "fallbacks": [change.to_json() for change in cell.changes],
@@ -35,6 +36,8 @@ def _entry(cell: Cell, reference: str, lines: Lines) -> dict[str, Any]:
     entry["seconds"] = sum(one["seconds"] for one in own) / len(own)
     if "right" in own[0]:
         entry |= _scores(own, [line["cells"][reference] for line in lines], lines)
+    if cell.sparsity:
+        entry["skipped"] = mean([one["skipped"] for one in own]).to_json()
     if cell.cache:
         entry["reused"] = mean([one["reused"] for one in own]).to_json()
     if cell.name != reference:
@@ -113,7 +116,7 @@ def _cells(
     if entry["same_as"]:
         ran = f"the same as {entry['same_as']}"
         return [entry["name"], ran, *["–"] * (len(_COLUMNS) + (2 if scored else 0))]
-    cells = [entry["name"], " + ".join([*entry["ran"], *_reused(entry)])]
+    cells = [entry["name"], " + ".join([*entry["ran"], *_left_out(entry)])]
     first = entry is entries[0]
     if scored:
         cells.append(f"{entry['right']['count']} of {entry['clips']}")
@@ -124,9 +127,15 @@ def _cells(
     return cells
 
 
-def _reused(entry: Mapping[str, Any]) -> list[str]:
-    """What of the forward passes a step cache left out, on average."""
-    return [f"{entry['reused']['value']:.0%} of the passes reused"] if entry["cache"] else []
+def _left_out(entry: Mapping[str, Any]) -> list[str]:
+    """What of attention sparsity left out, and what of the forward passes a step cache, on
+    average."""
+    told = []
+    if entry["sparsity"]:
+        told.append(f"{entry['skipped']['value']:.0%} of the blocks of keys left out")
+    if entry["cache"]:
+        told.append(f"{entry['reused']['value']:.0%} of the passes reused")
+    return told
 
 
 def _points(x: float) -> str:

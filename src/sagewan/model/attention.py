@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sagewan.attention.launch import Launcher
+from sagewan.model.tiles import Tiles
 from sagewan.plan.attention import AttentionPlan
+from sagewan.plan.sparsity import SparsityPlan
 
 # Of the text and, in Wan 2.1, of the picture before it: each [B, M, H, D].
 KeysValues = list[tuple[Tensor, Tensor]]
@@ -18,6 +20,7 @@ class Turn:
     """Whose turn it is: the plan in force, the step from 0, and ``check``, which is called once
     a block and raises when the user has cancelled. Shared by all layers of a run's experts.
 
+    ``sparsity`` says which calls leave out blocks of keys, and ``tiling`` which blocks those are.
     Where memory is short a block computes ``chunk`` tokens at a time, and attends ``heads`` heads
     at a time; None is all. ``text`` names the text of the pass under way; where there is room,
     ``known`` keeps each layer's keys and values of each text, which no step changes. They belong to
@@ -33,10 +36,24 @@ class Turn:
     text: str = ""
     known: dict[tuple[int, str], KeysValues] | None = None
 
+    sparsity: SparsityPlan | None = None
+    tiling: Tiles | None = None
+
     def forget_texts(self) -> None:
         """Begin with none, for another transformer."""
         if self.known is not None:
             self.known = {}
+
+    @property
+    def tiles(self) -> Tiles | None:
+        """The order of the tokens at this step, and what they attend to; None where all attend to
+        all, in whatever order."""
+        return self.tiling if self.sparsity and self.sparsity.sparse_at(self.step) else None
+
+    def block_mask(self, layer: int) -> Tensor | None:
+        """What this layer's tokens, in the order of the tiles, attend to; None for all."""
+        dense = self.sparsity is None or layer < self.sparsity.dense_layers
+        return None if dense or self.tiles is None else self.tiles.mask
 
 
 class Attention:
@@ -65,7 +82,8 @@ class Attention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q, k, v [B, H, N, D] → [B, H, N, D], in the implementation planned for this layer."""
         turn = self.turn
-        return self._launcher.attend(q, k, v, turn.plan.choice(turn.step, turn.steps, layer))
+        choice = turn.plan.choice(turn.step, turn.steps, layer)
+        return self._launcher.attend(q, k, v, choice, block_mask=turn.block_mask(layer))
 
     def keys_of_text(self, layer: int, compute: Callable[[], KeysValues]) -> KeysValues:
         """The keys and values of this pass's text in a layer, computed once where they are kept."""

@@ -51,6 +51,9 @@ class Transformer:
         model = self.model
         rotary = model.rope(hidden_states)
         hidden = model.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+        # Frames stay whole runs of tokens, and so do those that share a time.
+        if tiles := self.attention.turn.tiles:
+            hidden, rotary = tiles.arranged(hidden), tuple(map(tiles.arranged, rotary))
         times = Times.of(timestep, hidden.shape[1])
         embedded, vectors, text = self._conditions(
             times, encoder_hidden_states, encoder_hidden_states_image
@@ -59,6 +62,8 @@ class Transformer:
             hidden = block(hidden, text, Modulation(vectors, times.bounds), rotary)
         table = model.scale_shift_table.unsqueeze(0) + embedded.unsqueeze(2)
         out = self._projected(hidden, Modulation(table, times.bounds))
+        if tiles:
+            out = tiles.restored(out)
         return (self._unpatched(out, hidden_states.shape),)
 
     def _conditions(

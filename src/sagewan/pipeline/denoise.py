@@ -14,6 +14,7 @@ from sagewan.attention.launch import is_out_of_memory
 from sagewan.attention.resolve import ImplementationError, one_line
 from sagewan.memory.placement import Place
 from sagewan.model.attention import Turn
+from sagewan.model.tiles import Tiles
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import Conditions
 from sagewan.pipeline.progress import Watch
@@ -121,6 +122,7 @@ def denoise(
 
 def _turn(plan: Plan, steps: int, check: Callable[[], None]) -> Turn:
     chunks = plan.memory.chunks
+    tiling = Tiles.of(plan.sparsity, plan.device.torch_name) if plan.sparsity else None
     return Turn(
         plan.attention,
         steps,
@@ -128,6 +130,8 @@ def _turn(plan: Plan, steps: int, check: Callable[[], None]) -> Turn:
         chunk=chunks.tokens,
         heads=chunks.heads,
         known={} if plan.memory.text_keys else None,
+        sparsity=plan.sparsity,
+        tiling=tiling,
     )
 
 

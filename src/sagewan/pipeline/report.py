@@ -16,6 +16,7 @@ from sagewan.plan.catalogue import ROWS
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.plan import Plan
 from sagewan.plan.serialize import plan_to_json, request_to_json
+from sagewan.plan.sparsity import SparsityPlan
 
 _PLAIN = ("bfloat16", "float16", "float32")
 
@@ -40,7 +41,8 @@ class Change:
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What only the run could tell. ``ran`` are attention's calls, ``multiplied`` those of the
-    quantised layers and ``blocks`` those of the blocks; ``forwards`` tells the passes that were
+    quantised layers and ``blocks`` those of the blocks; ``masked_calls`` are those of attention's
+    that left out blocks of keys; ``forwards`` tells the passes that were
     computed and those that were reused; ``formats`` counts the matrices of the transformers by
     their format. Bytes; peaks are None where the system does not tell.
 
@@ -60,6 +62,7 @@ class Measured:
     unpinned_blocks: int = 0
     memory_notes: tuple[str, ...] = ()
     forwards: Forwards = field(default_factory=Forwards)
+    masked_calls: int = 0
 
 
 def planned_changes(plan: Plan) -> tuple[Change, ...]:
@@ -76,6 +79,20 @@ def attention_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -
         "ran": [dict(row) for row in measured.ran],
         "fallbacks": [change.to_json() for change in changes if change.part == "attention"],
         "emulated": any(row["implementation"] in emulations for row in measured.ran),
+        "sparsity": plan.sparsity and _sparsity_facts(plan.sparsity, measured),
+    }
+
+
+def _sparsity_facts(plan: SparsityPlan, measured: Measured) -> dict[str, Any]:
+    """The share of the blocks of keys that was left out, of all calls as the launcher counted
+    them."""
+    calls = sum(row["calls"] for row in measured.ran)
+    return {
+        "requested": str(plan.sparsity),
+        "blocks": plan.blocks,
+        "kept": plan.kept,
+        "calls": measured.masked_calls,
+        "skipped": plan.skipped * measured.masked_calls / calls if calls else 0.0,
     }
 
 

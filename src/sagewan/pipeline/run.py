@@ -213,6 +213,7 @@ class _Run:
         return Measured(
             ran=tuple(self.launcher.ran()),
             forwards=self.components.forwards,
+            masked_calls=self.launcher.masked_calls,
             weight_bytes=self.components.weight_bytes,
             formats=self.components.formats,
             multiplied=tuple(self.components.multiplier.ran()),

@@ -145,7 +145,9 @@ class _Chooser:
     def untimed(self, floor: Quality) -> list[Implementation]:
         """The rows to time before ``auto`` can choose; torch's own too, if it has a rival."""
         rivals = list(self.candidates(floor))
-        return [row for row in rivals if row.name not in self.evidence.tests and len(rivals) > 1]
+        # Torch's own is no rival where blocks are left out: it only gathers them.
+        wanted = len(rivals) > 1 or self.problem.block_mask
+        return [row for row in rivals if row.name not in self.evidence.tests and wanted]
 
     def candidates(self, floor: Quality) -> Iterator[Implementation]:
         """The hardware rows that ``auto`` may take, as far as is known."""

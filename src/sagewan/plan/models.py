@@ -5,6 +5,7 @@ The published models are listed here; for a folder the same values are read from
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
@@ -78,9 +79,13 @@ class Model:
 
     def tokens(self, size: tuple[int, int], frames: int) -> int:
         """Tokens of one forward pass for a size on the grid."""
+        return prod(self.token_grid(size, frames))
+
+    def token_grid(self, size: tuple[int, int], frames: int) -> tuple[int, int, int]:
+        """The (frames, rows, columns) of tokens for a size on the grid."""
         latent_frames = (frames - 1) // self.temporal + 1
         across, down = self.grid
-        return latent_frames // self.patch[0] * (size[0] // across) * (size[1] // down)
+        return latent_frames // self.patch[0], size[1] // down, size[0] // across
 
 
 _WAN_NEGATIVE = (

@@ -9,6 +9,7 @@ from sagewan.plan.lora import Lora
 from sagewan.plan.modes import AUTO
 from sagewan.plan.request import Ends, parse_layers, parse_size
 from sagewan.plan.serialize import field_types
+from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
 
 
@@ -26,6 +27,7 @@ PARSE: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     Path: (Path, "a file"),
     Ends: (Ends.parse, "MODE:FIRST,LAST"),
     StepCache: (StepCache.parse, "METHOD:THRESHOLD"),
+    Sparsity: (Sparsity.parse, "KIND:SHARE"),
     tuple[int, int]: (parse_size, "WIDTHxHEIGHT"),
     tuple[int, ...]: (parse_layers, "layer numbers"),
     tuple[Lora, ...]: (lambda texts: tuple(map(Lora.parse, texts)), "FILE or FILE:STRENGTH"),
@@ -33,7 +35,7 @@ PARSE: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
 # Fields of numbers that are found by the plan where they are not given.
 _NONE_IS_AUTO = ("block_swap",)
 # Fields that are off unless chosen, and can be turned off again.
-_NONE_IS_OFF = ("cache",)
+_NONE_IS_OFF = ("sparsity", "cache")
 OFF = "none"
 # The types of fields that take several texts, one for each item.
 REPEATED = (tuple[Lora, ...],)

@@ -15,6 +15,7 @@ from sagewan.plan.memory import MemoryPlan, Needs, memory_notes, plan_memory
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
 from sagewan.plan.modes import AUTO, MODES, PRESETS, Preset, Quality
 from sagewan.plan.request import Request
+from sagewan.plan.sparsity import SparsityPlan, plan_sparsity
 from sagewan.plan.step_cache import CachePlan, plan_cache
 from sagewan.plan.weights import (
     QUANTIZED_AS,
@@ -71,6 +72,7 @@ class Plan:
     blocks: BlockPlan
     memory: MemoryPlan
     decoding: Decoding
+    sparsity: SparsityPlan | None = None
     cache: CachePlan | None = None
     loras: tuple[LoraFile, ...] = ()
     notes: tuple[str, ...] = ()
@@ -100,9 +102,13 @@ def make_plan(
     size, frames, fps = _shape(request, model, preset)
     grid_size = _on_grid(size, model)
     tokens = model.tokens(grid_size, frames)
+    token_grid = model.token_grid(grid_size, frames)
     steps = _steps(request, model, preset, taught_schedule(request.steps, loras))
     _check_tokens(tokens, size, frames)
-    problem = Problem(head_dim=model.head_dim, dtype=dtype, keys=tokens)
+    sparsity = plan_sparsity(request.sparsity, token_grid, steps.count)
+    problem = Problem(
+        head_dim=model.head_dim, dtype=dtype, keys=tokens, block_mask=sparsity is not None
+    )
     attention = plan_attention(
         request, preset, problem, device, hardware, evidence, layers=model.layers
     )
@@ -142,6 +148,7 @@ def make_plan(
         weights=weights,
         blocks=plan_blocks(model, dtype, device, hardware, evidence),
         memory=memory,
+        sparsity=sparsity,
         cache=plan_cache(request.cache, steps.count, steps.passes),
         decoding=plan_decoding(device, dtype),
         loras=loras,
@@ -273,6 +280,12 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
             f"{plan.grid_size[0]}x{plan.grid_size[1]} and cropped"
         )
     yield from _lora_notes(plan)
+    sparsity = plan.sparsity
+    if sparsity and sparsity.kept == sparsity.blocks:
+        yield (
+            f"sparsity {sparsity.sparsity} leaves out nothing: {plan.tokens} tokens are too few "
+            "blocks; choose a larger size or more frames"
+        )
     if plan.cache and not plan.cache.reusable:
         yield (
             f"the step cache {plan.cache.cache} can leave out none of {plan.steps.count} steps: "

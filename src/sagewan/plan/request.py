@@ -12,6 +12,7 @@ from pathlib import Path
 from sagewan.errors import RequestError
 from sagewan.plan.lora import Lora
 from sagewan.plan.modes import AUTO, MODES, PRESETS
+from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
 
 SCHEDULERS = ("unipc", "euler", "dpm++2m", "lcm", "flow-euler")
@@ -64,6 +65,7 @@ class Request:
     attention: str | None = None
     attention_ends: Ends | None = None
     attention_keep_layers: tuple[int, ...] = ()
+    sparsity: Sparsity | None = None
     quantization: str | None = None
     block_swap: int | None = None
     cache: StepCache | None = None

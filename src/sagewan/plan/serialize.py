@@ -18,6 +18,7 @@ from sagewan.plan.memory import MemoryPlan
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Ends, Request
+from sagewan.plan.sparsity import Sparsity, SparsityPlan
 from sagewan.plan.speed import estimated_seconds
 from sagewan.plan.step_cache import CachePlan, StepCache
 from sagewan.plan.weights import WeightsPlan
@@ -70,6 +71,7 @@ _READ: Mapping[Any, Callable[[Any], object | None]] = {
     Path: lambda value: Path(value) if isinstance(value, str) else None,
     Ends: lambda value: Ends.parse(value) if isinstance(value, str) else None,
     StepCache: lambda value: StepCache.parse(value) if isinstance(value, str) else None,
+    Sparsity: lambda value: Sparsity.parse(value) if isinstance(value, str) else None,
     tuple[int, int]: _pair,
     tuple[int, ...]: _integers,
     tuple[Lora, ...]: _loras,
@@ -153,6 +155,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
             "cfg_2": plan.steps.cfg_2,
             "boundary": plan.steps.boundary,
         },
+        "sparsity": plan.sparsity and _sparsity(plan.sparsity),
         "cache": plan.cache and _cache(plan.cache),
         "attention": _attention(plan),
         "weight_bytes": plan.weight_bytes,
@@ -168,6 +171,17 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "seconds": estimated_seconds(plan),
         "lora": [file.to_json() for file in plan.loras],
         "notes": list(plan.notes),
+    }
+
+
+def _sparsity(plan: SparsityPlan) -> dict[str, Any]:
+    return {
+        "requested": str(plan.sparsity),
+        "grid": list(plan.grid),
+        "blocks": plan.blocks,
+        "kept": plan.kept,
+        "dense_steps": plan.dense_steps,
+        "dense_layers": plan.dense_layers,
     }
 
 
@@ -268,6 +282,6 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, Path | Ends | StepCache | Lora):
+    if isinstance(value, Path | Ends | Sparsity | StepCache | Lora):
         return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

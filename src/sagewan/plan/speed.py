@@ -102,7 +102,10 @@ def _forward_seconds(plan: Plan, rate: Rate) -> float:
     matrices = sum(prod(layer.shape) for layer in block_layers(model))
     products = 2 * matrices * tokens * model.layers
     cross = 4 * tokens * TEXT_TOKENS * width * model.layers
-    each = 2 * tokens**2 * width * model.layers
+    skipped = 0.0
+    if plan.sparsity:
+        skipped = plan.sparsity.skipped_of_all(range(plan.steps.count), model.layers)
+    each = 2 * tokens**2 * width * model.layers * (1 - skipped)
     first = rate.int8 if plan.attention.main.row.qk.startswith("int8") else rate.bits16
     # Exponentials are computed either way, so 8 bits gain half of what they promise.
     scores = each / min(first, 1.5 * rate.bits16) + each / rate.bits16

@@ -113,7 +113,9 @@ class _Page:
                         widget("attention_ends", min_width=200)
                         widget("attention_ends.first", min_width=100)
                         widget("attention_ends.last", min_width=100)
-                    widget("attention_keep_layers")
+                    with gr.Row():
+                        widget("attention_keep_layers", min_width=140)
+                        widget("sparsity", min_width=140)
                 self._weights()
                 with self._group("section.lora"), gr.Row():
                     widget("lora", min_width=220)

@@ -184,6 +184,10 @@ def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
     if plan.memory.on_device:
         swapped = words("plan.swapped", count=plan.memory.block_swap, blocks=plan.model.layers)
         lines.append((words("field.block_swap"), swapped))
+    if sparsity := plan.sparsity:
+        kept, blocks = sparsity.kept, sparsity.blocks
+        told = words("plan.kept", sparsity=sparsity.sparsity, kept=kept, blocks=blocks)
+        lines.append((words("field.sparsity"), told))
     if plan.cache:
         reusable, forwards = plan.cache.reusable, plan.cache.forwards
         told = words("plan.reusable", cache=plan.cache.cache, reusable=reusable, forwards=forwards)

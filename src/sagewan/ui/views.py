@@ -1,7 +1,7 @@
 """Jobs and plans as the pages show them: plain values for the templates, in one language."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,19 +130,20 @@ def _notes(job: Job, words: Words) -> list[str]:
         steps = plan.get("attention", {}).get("fallbacks", [])
     return [
         *fallback_notes(steps, words),
-        *_reused(report, words),
+        *_left_out(report, words),
         *(words.sentence(note) for note in plan.get("notes", [])),
         *(words.sentence(note) for note in report.get("memory", {}).get("notes", [])),
     ]
 
 
-def _reused(report: Mapping[str, Any], words: Words) -> list[str]:
-    """What a step cache left out."""
-    cache = report.get("cache")
-    if not cache:
-        return []
-    counts = {"reused": cache["reused"], "forwards": cache["forwards"]}
-    return [words("job.reused", cache=cache["requested"], **counts)]
+def _left_out(report: Mapping[str, Any], words: Words) -> Iterator[str]:
+    """What sparsity and a step cache left out."""
+    if sparsity := report.get("attention", {}).get("sparsity"):
+        share = f"{sparsity['skipped']:.0%}"
+        yield words("job.skipped", sparsity=sparsity["requested"], share=share)
+    if cache := report.get("cache"):
+        counts = {"reused": cache["reused"], "forwards": cache["forwards"]}
+        yield words("job.reused", cache=cache["requested"], **counts)
 
 
 def fallback_notes(steps: Iterable[Mapping[str, Any]], words: Words) -> list[str]:

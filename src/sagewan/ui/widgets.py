@@ -147,6 +147,7 @@ _MAKE: Mapping[str, Callable[[Words, dict[str, Any]], Any]] = {
     "attention_ends.first": _text(),
     "attention_ends.last": _text(),
     "attention_keep_layers": _text(),
+    "sparsity": _text(),
     "quantization": _choice(_named(*QUANTIZATIONS)),
     "block_swap": _text(),
     "cache": _text(),

@@ -116,6 +116,9 @@ def prepare(request: Request, watch: Watch, *, session: "Session | None" = None)
 def execute(prepared: Prepared, watch: Watch, *, session: "Session | None" = None) -> Result:
     """Load, encode, denoise, decode and write, with the models of a session if there is one.
     Raises as :func:`generate`."""
+    from sagewan.pipeline.libraries import import_libraries
+
+    import_libraries()
     from sagewan.attention.launch import is_out_of_memory
     from sagewan.attention.resolve import one_line
     from sagewan.pipeline.session import Session
@@ -143,7 +146,6 @@ def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     launcher = Launcher()
     start_measuring(plan.device)
     watch.stage("load")
-    _quiet_libraries()
     components = build(plan, launcher, session, watch)
     watch.stage("encode")
     recovery = Recovery(prepared.decision, components, watch)
@@ -250,15 +252,6 @@ class _Run:
         if self.plan.request.report:
             write_report(self.plan.request.report, report)
         return report
-
-
-def _quiet_libraries() -> None:
-    """Their progress bars, one for each file, would draw over ours."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _watched(

@@ -138,12 +138,15 @@ def times(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
             print(f"{way.name}: out of memory", flush=True)
             continue
         spent = statistics.median(took)
-        most = torch.cuda.max_memory_allocated() if device != "cpu" else 0
+        most, held = 0, 0
+        if device != "cpu":
+            most, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         found.append({"way": way.name, "seconds": spent, "first": took[0], "error": apart,
-                      "peak_bytes": most})  # fmt: skip
+                      "peak_bytes": most, "reserved_bytes": held})  # fmt: skip
         print(
             f"{way.name:40} {spent:7.3f} s ({found[0]['seconds'] / spent:5.2f}×; first run "
-            f"{took[0]:.2f}), error {apart:.4f}, peak {most / 2**30:.2f} GiB",
+            f"{took[0]:.2f}), error {apart:.4f}, peak {most / 2**30:.2f} GiB "
+            f"({held / 2**30:.2f} reserved)",
             flush=True,
         )
     return found

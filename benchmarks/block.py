@@ -139,7 +139,8 @@ def runner(way: Way, blocks: dict[str, Any], inputs: Inputs) -> Callable[[Tensor
     plan = AttentionPlan(
         requested="", problem=Problem(head_dim=HEAD_DIM, dtype="bfloat16"), main=chosen
     )
-    turn = Turn(plan, 1, lambda: None, chunk=way.chunk, heads=way.heads)
+    # The text's keys and values are a run's, not a step's.
+    turn = Turn(plan, 1, lambda: None, chunk=way.chunk, heads=way.heads, known={})
     forward: Any = Block(block, attention, 0)
     if way.fused:
         forward = FusedBlock(block, attention, 0, Passes(BLOCK_ROWS[0], "fused", Counter()))

@@ -1,9 +1,11 @@
 """Shrunken models on a real GPU: the same video as on the CPU, and memory given back."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from sagewan.pipeline.decode import decode
 from sagewan.pipeline.denoise import denoise
 from sagewan.pipeline.guard import FrameGuard
 from sagewan.pipeline.progress import Watch
+from sagewan.plan.decoding import EXACT, Decoding
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import SCHEDULERS
 from tests.pipeline.runs import difference, latents_of, picture, pictures_of, plan_for
@@ -66,3 +69,20 @@ def test_each_part_gives_its_memory_back(shrunken_folder: Folder, tmp_path: Path
     frames = list(decode(components, plan, latents, FrameGuard()))
     assert len(frames) == plan.frames
     assert torch.cuda.memory_allocated() - before <= held + latents.nbytes + slack
+
+
+def test_frames_in_bfloat16_are_those_of_float32_rounded_and_always_the_same() -> None:
+    changes = {"prompt": "a red ball rolls to the right", "negative": None, "steps": 8}
+    changes |= {"size": None, "frames": None, "dtype": "bfloat16"}
+    plan = gpu_plan(Path("demo"), **changes)
+    assert plan.decoding == Decoding(dtype="bfloat16", channels_last=True)
+    latents = latents_of(plan)
+
+    def frames(plan: Plan) -> np.ndarray:
+        return np.stack(list(decode(build(plan, Launcher()), plan, latents, FrameGuard())))
+
+    found = frames(plan)
+    assert np.array_equal(frames(plan), found)
+    exact = frames(replace(plan, decoding=EXACT))
+    apart = np.square(found.astype(float) - exact).mean()
+    assert 0 < apart < 255**2 / 10**4.5, "45 dB"

@@ -63,12 +63,18 @@ def roofline(found: dict[str, Any]) -> str:
                 "products": found["work"]["products"][bits],
                 "attention": found["work"]["attention"],
             }
-            points = tuple(
-                (min(work["operations"] / work["bytes"], most), work["operations"] / spent / 1e9)
+            reached = {
+                stage: work["operations"] / spent / 1e9
                 for stage, work in works.items()
                 if (spent := one["stages"][stage])
+            }
+            points = tuple(
+                (min(works[stage]["operations"] / works[stage]["bytes"], most), tflops)
+                for stage, tflops in reached.items()
             )
-            drawn.append(Series(name=one["name"], points=points, colour=len(drawn), line=False))
+            said = ", ".join(f"{tflops:.0f}" for tflops in reached.values())
+            name = f"{one['name']}: {said}"
+            drawn.append(Series(name=name, points=points, colour=len(drawn), line=False))
     title = f"Products (left) and attention (right), {found['tokens']:,} tokens, {found['device']}"
     return plot(title, [*roofs, *drawn], "operations a byte", "TFLOPS")
 

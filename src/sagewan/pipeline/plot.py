@@ -9,6 +9,7 @@ from sagewan.pipeline.chart import COLOURS
 
 Point = tuple[float, float]
 
+_PALETTE = (*COLOURS, "#65a30d", "#0284c7", "#9333ea", "#78716c")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 420, 64, 16, 34, 46
 
 
@@ -121,7 +122,7 @@ def _legend(series: Sequence[Series]) -> Iterator[str]:
 
 
 def _colour(one: Series) -> str:
-    return "#6b7280" if one.colour is None else COLOURS[one.colour % len(COLOURS)]
+    return "#6b7280" if one.colour is None else _PALETTE[one.colour % len(_PALETTE)]
 
 
 def _short(value: float) -> str:

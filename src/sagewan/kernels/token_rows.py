@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sagewan.errors import ShapeError
-from sagewan.kernels.fp8_linear import e4m3, row_scale, schedule_for
+from sagewan.kernels.fp8_linear import cut, load_part, store_fp8, store_part
 from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.kernels.launch import launch
 
-# 32 values a thread in 16 warps.
+# 64 values a thread in 8 warps.
 MAX_COLUMNS = 16384
 Rotary = tuple[Tensor, Tensor]
 # All other strides are multiples of 16, and known to be so: else each value is loaded by itself.
@@ -70,7 +70,7 @@ def add_and_norm(
     _check(hidden, *(x for x in (y, data, *vectors) if x is not None))
     if any(x.stride(0) != vectors[0].stride(0) for x in vectors):
         raise ShapeError("the vectors of a time lie apart: give views of one tensor")
-    block = triton.next_power_of_2(columns)
+    parts, block, schedule = cut(columns)
     arguments = {
         "hidden": hidden,
         "h_b": hidden.stride(0),
@@ -86,12 +86,13 @@ def add_and_norm(
         "o_b": data.stride(0) if data is not None else 0,
         "scales": out.scale if isinstance(out, Fp8Rows) else None,
         "s_b": out.scale.stride(0) if isinstance(out, Fp8Rows) else 0,
-        "columns": columns,
         "eps": 0.0 if norm is None or norm.eps is None else norm.eps,
         "NORM": norm is not None and norm.eps is not None,
+        "COLUMNS": columns,
+        "PARTS": parts,
         "BLOCK": block,
     }
-    launch(_norm_kernel, (tokens, batch), hidden.device, arguments, schedule_for(block))
+    launch(_norm_kernel, (tokens, batch), hidden.device, arguments, schedule)
 
 
 def norm_and_rotate(
@@ -104,9 +105,11 @@ def norm_and_rotate(
     cos, sin = rotary or (None, None)
     _check(x.flatten(2), out.flatten(2))
     gaps = any(t is not None and t.stride(1) != size for t in (cos, sin))
-    if size & (size - 1) or gaps:
-        raise ShapeError(f"head size {size}: give a power of two, and rotary tables without gaps")
-    lanes = triton.next_power_of_2(heads)
+    if size & (size - 1) or size > 256 or gaps:
+        raise ShapeError(
+            f"head size {size}: give a power of two up to 256, and rotary tables without gaps"
+        )
+    parts, block, schedule = cut(heads * size)
     arguments = {
         "x": x,
         "x_b": x.stride(0),
@@ -115,12 +118,13 @@ def norm_and_rotate(
         "weight": weight,
         "cos": cos,
         "sin": sin,
-        "heads": heads,
         "eps": torch.finfo(torch.float32).eps if eps is None else eps,
         "SIZE": size,
-        "HEADS": lanes,
+        "COLUMNS": heads * size,
+        "PARTS": parts,
+        "BLOCK": block,
     }
-    launch(_rotate_kernel, (tokens, batch), x.device, arguments, schedule_for(lanes * size))
+    launch(_rotate_kernel, (tokens, batch), x.device, arguments, schedule)
 
 
 def _check(*tensors: Tensor) -> None:
@@ -141,45 +145,64 @@ def _norm_kernel(
     shift, scale, v_b,  # [B, W] float32 or None
     out, o_b,  # [B, N, W] 16 bit, or float8_e4m3fn with its scales, or None
     scales, s_b,  # [B, N] float32 or None
-    columns, eps,
-    NORM: tl.constexpr, BLOCK: tl.constexpr,
+    eps,
+    NORM: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    places = tl.arange(0, BLOCK)
-    inside = places < columns
-    row = hidden + batch * h_b + token * columns
-    # What streams by once is not to push the vectors, which all rows share, out of the near cache.
-    values = tl.load(row + places, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-    if y is not None:
-        added = tl.load(
-            y + batch * y_b + token * columns + places, mask=inside, other=0.0,
-            cache_modifier=".cg",
-        ).to(tl.float32)  # fmt: skip
-        if gate is not None:
-            added *= tl.load(gate + batch * v_b + places, mask=inside, other=0.0)
-        rounded = (values + added).to(hidden.dtype.element_ty)
-        tl.store(row + places, rounded, mask=inside)
-        values = rounded.to(tl.float32)
+    row = hidden + batch * h_b + token * COLUMNS
+    values = ()
+    for part in tl.static_range(PARTS):
+        loaded = load_part(row, part, COLUMNS, BLOCK, True)
+        if y is not None:
+            added = load_part(y + batch * y_b + token * COLUMNS, part, COLUMNS, BLOCK, True)
+            if gate is not None:
+                added *= load_part(gate + batch * v_b, part, COLUMNS, BLOCK, False)
+            rounded = (loaded + added).to(hidden.dtype.element_ty)
+            store_part(row, rounded, part, COLUMNS, BLOCK)
+            loaded = rounded.to(tl.float32)
+        values = values + (loaded,)
     if out is not None:
         if NORM:
-            mean = tl.sum(values, 0) / columns
-            centred = tl.where(inside, values - mean, 0.0)
-            variance = tl.sum(centred * centred, 0) / columns
-            values = centred * tl.rsqrt(variance + eps)
-        if weight is not None:
-            values *= tl.load(weight + places, mask=inside, other=0.0).to(tl.float32)
-            values += tl.load(bias + places, mask=inside, other=0.0).to(tl.float32)
-        if scale is not None:
-            values *= 1.0 + tl.load(scale + batch * v_b + places, mask=inside, other=0.0)
-            values += tl.load(shift + batch * v_b + places, mask=inside, other=0.0)
-        target = out + batch * o_b + token * columns + places
+            values = _normalised(values, eps, COLUMNS, PARTS, BLOCK)
+        made = ()
+        for part in tl.static_range(PARTS):
+            value = values[part]
+            if weight is not None:
+                value *= load_part(weight, part, COLUMNS, BLOCK, False)
+                value += load_part(bias, part, COLUMNS, BLOCK, False)
+            if scale is not None:
+                value *= 1.0 + load_part(scale + batch * v_b, part, COLUMNS, BLOCK, False)
+                value += load_part(shift + batch * v_b, part, COLUMNS, BLOCK, False)
+            made = made + (value,)
+        target = out + batch * o_b + token * COLUMNS
         if scales is not None:
-            step = row_scale(values)
-            tl.store(scales + batch * s_b + token, step)
-            tl.store(target, e4m3(values, step), mask=inside)
+            store_fp8(target, scales + batch * s_b + token, made, PARTS, COLUMNS, BLOCK)
         else:
-            tl.store(target, values.to(out.dtype.element_ty), mask=inside)
+            for part in tl.static_range(PARTS):
+                store_part(target, made[part].to(out.dtype.element_ty), part, COLUMNS, BLOCK)
+
+
+@triton.jit
+def _normalised(values, eps, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's parts minus their mean, divided by the root of their variance."""
+    total = values[0]
+    for part in tl.static_range(1, PARTS):
+        total += values[part]
+    mean = tl.sum(total, 0) / COLUMNS
+    squares = tl.zeros((BLOCK,), tl.float32)
+    centred = ()
+    for part in tl.static_range(PARTS):
+        value = values[part] - mean
+        if (part + 1) * BLOCK > COLUMNS:
+            value = tl.where(part * BLOCK + tl.arange(0, BLOCK) < COLUMNS, value, 0.0)
+        squares += value * value
+        centred = centred + (value,)
+    factor = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + eps)
+    made = ()
+    for part in tl.static_range(PARTS):
+        made = made + (centred[part] * factor,)
+    return made
 
 
 @triton.jit
@@ -188,25 +211,28 @@ def _rotate_kernel(
     out, o_b,  # the same
     weight,  # [H·D]
     cos, sin,  # [N, D] float32, or None
-    heads, eps,
-    SIZE: tl.constexpr, HEADS: tl.constexpr,
+    eps,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
-    row = x + batch * x_b + token * heads * SIZE
-    head = tl.arange(0, HEADS)[:, None]
-    places = head * SIZE + tl.arange(0, SIZE)[None, :]
-    inside = (head < heads) & (places >= 0)
-    values = tl.load(row + places, mask=inside, other=0.0).to(tl.float32)
-    squares = tl.sum(tl.sum(values * values, 1), 0)
-    values *= tl.rsqrt(squares / (heads * SIZE) + eps)
-    values *= tl.load(weight + places, mask=inside, other=0.0).to(tl.float32)
+    values = ()
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        loaded = load_part(x + batch * x_b + token * COLUMNS, part, COLUMNS, BLOCK, True)
+        squares += loaded * loaded
+        values = values + (loaded,)
+    factor = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + eps)
     if cos is not None:
-        even, odd = tl.split(values.reshape(HEADS, SIZE // 2, 2))
-        pair = 2 * tl.arange(0, SIZE // 2)[None, :]
-        turn_cos = tl.load(cos + token * SIZE + pair)
-        turn_sin = tl.load(sin + token * SIZE + pair + 1)
-        turned = tl.join(even * turn_cos - odd * turn_sin, even * turn_sin + odd * turn_cos)
-        values = turned.reshape(HEADS, SIZE)
-    target = out + batch * o_b + token * heads * SIZE
-    tl.store(target + places, values.to(out.dtype.element_ty), mask=inside)
+        # Parts hold whole heads, which all turn alike.
+        pair = token * SIZE + tl.arange(0, BLOCK // 2) % (SIZE // 2) * 2
+        turn_cos = tl.load(cos + pair)
+        turn_sin = tl.load(sin + pair + 1)
+    for part in tl.static_range(PARTS):
+        value = values[part] * factor * load_part(weight, part, COLUMNS, BLOCK, False)
+        if cos is not None:
+            even, odd = tl.split(value.reshape(BLOCK // 2, 2))
+            turned = tl.join(even * turn_cos - odd * turn_sin, even * turn_sin + odd * turn_cos)
+            value = turned.reshape(BLOCK)
+        target = out + batch * o_b + token * COLUMNS
+        store_part(target, value.to(out.dtype.element_ty), part, COLUMNS, BLOCK)

@@ -166,6 +166,12 @@ def _memory(
     return parts, sentence
 
 
+def _blocks(plan: Plan, words: Words) -> str:
+    if plan.blocks.row.fused:
+        return words("plan.fused")
+    return words("plan.not_fused", why=words.sentence(plan.blocks.why()))
+
+
 def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
     steps, row = plan.steps, plan.attention.main.row
     guidance = f"CFG {steps.cfg:g}" + ("" if steps.cfg_2 is None else f" / {steps.cfg_2:g}")
@@ -181,6 +187,7 @@ def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
         (words("plan.tokens"), f"{plan.tokens:,}"),
         (words("plan.device"), f"{plan.device.name} · {plan.dtype}"),
     ]
+    lines.append((words("plan.blocks"), _blocks(plan, words)))
     if plan.memory.on_device:
         swapped = words("plan.swapped", count=plan.memory.block_swap, blocks=plan.model.layers)
         lines.append((words("field.block_swap"), swapped))

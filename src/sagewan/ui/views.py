@@ -130,6 +130,7 @@ def _notes(job: Job, words: Words) -> list[str]:
         steps = plan.get("attention", {}).get("fallbacks", [])
     return [
         *fallback_notes(steps, words),
+        *fallback_notes(report.get("blocks", {}).get("fallbacks", []), words),
         *_left_out(report, words),
         *(words.sentence(note) for note in plan.get("notes", [])),
         *(words.sentence(note) for note in report.get("memory", {}).get("notes", [])),

@@ -189,6 +189,7 @@ ZH_SENTENCES: Mapping[str, str] = {
     "CUDA context and libraries": "CUDA 上下文和库",
     "LoRAs": "LoRA",
     "activations": "中间结果",
+    "text keys and values": "文本的键和值",
     "workspaces and fragmentation": "工作区和碎片",
     "process": "进程",
     "text encoder": "文本编码器",

@@ -8,6 +8,7 @@ import torch
 
 from sagewan.attention.launch import Launcher
 from sagewan.memory.meter import Meter
+from sagewan.model import block
 from sagewan.model import vae as module
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.transformer import install
@@ -33,6 +34,7 @@ class NoAttention(Attention):
     ("name", "size", "frames", "chunks"),
     [
         ("wan2.1-t2v-14b", (832, 480), 81, Chunks(2048, 8)),
+        ("wan2.1-t2v-14b", (832, 480), 81, Chunks(16384, None)),
         pytest.param(*("wan2.1-t2v-14b", (1280, 720), 81, Chunks(4096, 8)), marks=SLOW),
         pytest.param(*("wan2.1-t2v-14b", (1280, 720), 61, Chunks(1024, 1)), marks=SLOW),
         ("wan2.1-t2v-1.3b", (832, 480), 81, Chunks(2048, 8)),
@@ -42,9 +44,12 @@ class NoAttention(Attention):
     ],
 )
 def test_activations_of_the_transformer(
-    name: str, size: tuple[int, int], frames: int, chunks: Chunks
+    name: str, size: tuple[int, int], frames: int, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = PUBLISHED[name]
+    if chunks.tokens == 16384:
+        # A matrix of scores with the text, which no GPU makes, is more than all else here.
+        monkeypatch.setattr(block, "scaled_dot_product_attention", lambda q, *_: q.clone())
     latents = torch.empty(
         1,
         model.in_channels,

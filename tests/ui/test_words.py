@@ -33,7 +33,7 @@ UNIVERSAL = {
 LAYERS = sorted(
     path.name
     for path in PACKAGE.iterdir()
-    if path.is_dir() and path.name not in ("cli", "evaluate")
+    if path.is_dir() and path.name not in ("cli", "bench", "evaluate")
 )
 # Sentences that consist of values alone.
 PLAIN = "{}: {}"

@@ -111,7 +111,7 @@ def test_a_flag_left_out_is_the_fields_default() -> None:
         (["--sparsity", "radial:0.5,x"], "keep the first 4 steps dense"),
         (["--sparsity", "random:0.5"], "kinds: radial, sta"),
         (["--cache", "easy"], "cache=easy: write METHOD:THRESHOLD"),
-        (["--cache", "hard:0.1"], "methods: easy"),
+        (["--cache", "hard:0.1"], "methods: easy, mag"),
         (["--cache", "easy:nan"], "cache=easy:nan"),
         (["--cfg", "nan"], "cfg=nan"),
         (["--steps"], "expected one argument"),

@@ -60,3 +60,54 @@ def test_the_time_stays_that_of_every_step() -> None:
     plain = make_plan(request, WAN_14B, card, Evidence())
     cached = make_plan(replace(request, cache=EASY), WAN_14B, card, Evidence())
     assert estimated_seconds(cached) == estimated_seconds(plain)
+
+
+MAG = StepCache.parse("mag:0.06")
+
+
+def mag(magnitudes: list[float | None], text: str = "mag:0.06") -> tuple[int, ...]:
+    plan = plan_cache(StepCache.parse(text), len(magnitudes), 2, tuple(magnitudes))
+    assert plan
+    assert plan.reused is not None
+    assert plan.reusable == 2 * len(plan.reused)
+    return plan.reused
+
+
+def test_steps_are_reused_while_the_factors_tell_of_little() -> None:
+    assert mag([None, *[1.0] * 9]) == (2, 3, 5, 6, 8)  # never three in a row, nor the last
+    assert mag([None, *[0.96] * 9]) == (2, 4, 6, 8)  # .04, then .04 + .078
+    assert mag([None, *[0.9] * 9]) == ()
+    assert mag([None, *[0.9] * 9], "mag:0.15") == (2, 4, 6, 8)
+
+
+def test_no_step_is_reused_where_another_expert_begins() -> None:
+    reused = mag([None, *[1.0] * 4, None, *[1.0] * 6])
+    assert 5 not in reused
+    assert reused
+
+
+@given(st.lists(st.floats(0.5, 2), min_size=2, max_size=40), st.floats(0.01, 1))
+def test_the_ends_are_computed_and_no_three_steps_in_a_row_are_reused(
+    factors: list[float], threshold: float
+) -> None:
+    reused = set(mag([None, *factors], f"mag:{threshold:.10g}"))
+    assert not {0, 1, len(factors)} & reused
+    assert not any({step, step + 1, step + 2} <= reused for step in reused)
+
+
+def test_what_was_not_measured_is_known_and_what_was_takes_less_time() -> None:
+    request = Request(prompt="a red ball", attention="sdpa", steps=10, cache=MAG)
+    without = make_plan(request, WAN_14B, machine("H100"), Evidence())
+    assert without.cache
+    assert not without.cache.calibrated
+    other = Evidence(magnitudes=(None, *[1.0] * 19))
+    found = make_plan(request, WAN_14B, machine("H100"), other).cache
+    assert found
+    assert not found.calibrated, "measured for another number of steps"
+    plan = make_plan(request, WAN_14B, machine("H100"), Evidence(magnitudes=(None, *[1.0] * 9)))
+    assert plan.cache
+    assert plan.cache.calibrated
+    assert estimated_seconds(plan) < estimated_seconds(without)  # type: ignore[operator]
+    names = [item.name for stage in plan.memory.stages for item in stage.items if item.device]
+    assert "step cache" in names
+    assert plan_to_json(plan)["cache"]["steps"] == [3, 4, 6, 7, 9]

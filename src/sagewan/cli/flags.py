@@ -46,9 +46,9 @@ FLAGS: Mapping[str, Flag] = {
         "N", "blocks that wait in host memory, at least; more where the card needs it (auto)"
     ),
     "cache": Flag(
-        "easy:T",
-        "reuse the transformer's answer where it changes little, by at most this share: easy:0.05; "
-        "faster, another video (none)",
+        "METHOD:T",
+        "reuse the transformer's answer where it changes little, by at most this share: easy:0.05, "
+        "or mag:0.06 after sagewan calibrate; faster, another video (none)",
     ),
     "lora": Flag(
         "FILE[:S]",

@@ -88,7 +88,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     rows += [("memory" if first else "", text) for first, text in _first(_memory(plan))]
     seconds = estimated_seconds(plan)
     if seconds is not None:
-        about = "at most about" if plan.cache else "about"
+        about = "at most about" if plan.cache and plan.cache.reused is None else "about"
         rows.append(("time", f"{about} {_roughly(seconds)}, by the card's listed rates"))
     rows += [("note", note) for note in plan.notes]
     return rows
@@ -104,6 +104,11 @@ def _left_out(plan: Plan, sparsity: SparsityPlan) -> str:
 
 
 def _cached(cache: CachePlan) -> str:
+    if cache.reused is not None:
+        steps = ", ".join(str(step + 1) for step in cache.reused)
+        return (
+            f"{cache.cache}: {cache.reusable} of {cache.forwards} forwards reused (steps {steps})"
+        )
     return (
         f"{cache.cache}, the first {cache.first} and the last step always computed: at most "
         f"{cache.reusable} of {cache.forwards} forwards reused"

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from sagewan.attention.launch import Launcher
+from sagewan.model.residuals import Residuals
 from sagewan.model.tiles import Tiles
 from sagewan.plan.attention import AttentionPlan
 from sagewan.plan.sparsity import SparsityPlan
@@ -23,8 +24,9 @@ class Turn:
     ``sparsity`` says which calls leave out blocks of keys, and ``tiling`` which blocks those are.
     Where memory is short a block computes ``chunk`` tokens at a time, and attends ``heads`` heads
     at a time; None is all. ``text`` names the text of the pass under way; where there is room,
-    ``known`` keeps each layer's keys and values of each text, which no step changes. They belong to
-    one transformer: another begins with none.
+    ``known`` keeps each layer's keys and values of each text, which no step changes; ``residuals``
+    keeps what the blocks add, where a step cache wants it. They belong to one transformer: another
+    begins with none.
     """
 
     plan: AttentionPlan
@@ -35,12 +37,13 @@ class Turn:
     heads: int | None = None
     text: str = ""
     known: dict[tuple[int, str], KeysValues] | None = None
-
+    residuals: Residuals = field(default_factory=Residuals)
     sparsity: SparsityPlan | None = None
     tiling: Tiles | None = None
 
     def forget_texts(self) -> None:
         """Begin with none, for another transformer."""
+        self.residuals.forget()
         if self.known is not None:
             self.known = {}
 

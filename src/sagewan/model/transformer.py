@@ -7,6 +7,7 @@ and projection go by chunks of tokens, as the blocks do.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,20 +52,31 @@ class Transformer:
         model = self.model
         rotary = model.rope(hidden_states)
         hidden = model.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
-        # Frames stay whole runs of tokens, and so do those that share a time.
-        if tiles := self.attention.turn.tiles:
-            hidden, rotary = tiles.arranged(hidden), tuple(map(tiles.arranged, rotary))
         times = Times.of(timestep, hidden.shape[1])
         embedded, vectors, text = self._conditions(
             times, encoder_hidden_states, encoder_hidden_states_image
         )
-        for block in model.blocks:
-            hidden = block(hidden, text, Modulation(vectors, times.bounds), rotary)
+        times_of_blocks = Modulation(vectors, times.bounds)
+        blocks = partial(self._blocks, text=text, times=times_of_blocks, rotary=rotary)
+        turn = self.attention.turn
+        hidden = turn.residuals.through(turn.text, hidden, blocks)
         table = model.scale_shift_table.unsqueeze(0) + embedded.unsqueeze(2)
         out = self._projected(hidden, Modulation(table, times.bounds))
-        if tiles:
-            out = tiles.restored(out)
         return (self._unpatched(out, hidden_states.shape),)
+
+    def _blocks(
+        self, hidden: Tensor, text: Tensor, times: Modulation, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """All blocks, [B, N, W] → the same, in the order of the turn's tiles. In it frames stay
+        whole runs of tokens, and so do those that share a time."""
+        tiles = self.attention.turn.tiles
+        if tiles:
+            # In place: whoever calls this holds the hidden state, too.
+            hidden.copy_(tiles.arranged(hidden))
+            rotary = tiles.arranged(rotary[0]), tiles.arranged(rotary[1])
+        for block in self.model.blocks:
+            hidden = block(hidden, text, times, rotary)
+        return tiles.restored(hidden) if tiles else hidden
 
     def _conditions(
         self, times: Times, text: Tensor, picture: Tensor | None

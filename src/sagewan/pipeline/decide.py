@@ -1,8 +1,10 @@
 """From a request to a plan that nothing is left to prove in; what was learnt comes along."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from sagewan.errors import RequestError
+from sagewan.pipeline.magnitudes import load_magnitudes
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.attention import AttentionPlan
 from sagewan.plan.catalogue import ROWS, Implementation, rows_of
@@ -53,17 +55,21 @@ def decide(
     *,
     evidence: Evidence | None = None,
     watch: Watch | None = None,
+    calibrating: bool = False,
 ) -> Decision:
     """Make the plan; prove on the device what it wants proved, and make it again, until it stands.
 
     ``loras`` is what the request's LoRA files hold; ``evidence`` left out is what earlier runs on
     this device have stored. Raises as :func:`sagewan.plan.plan.make_plan`; that refusal comes
-    before anything heavy is imported.
+    before anything heavy is imported. A step cache that goes by measurements is refused without
+    them, unless they are about to be made (``calibrating``).
     """
     plan = make_plan(request, model, hardware, evidence or Evidence(), loras)
     if evidence is None:
         evidence = stored_evidence(plan, hardware)
         plan = make_plan(request, model, hardware, evidence, loras)
+    if not calibrating:
+        check_calibrated(plan)
     while plan.attention.unproven or plan.weights.unproven or plan.blocks.unproven:
         evidence = prove(plan.attention, plan.device, hardware, evidence, watch=watch)
         evidence = prove_products(plan, evidence, watch=watch)
@@ -76,7 +82,21 @@ def stored_evidence(plan: Plan, hardware: Hardware) -> Evidence:
     """What earlier runs have learnt about the problem and the device of this plan."""
     from sagewan.attention.cache import load_evidence
 
-    return load_evidence(plan.device, hardware, plan.attention.problem)
+    evidence = load_evidence(plan.device, hardware, plan.attention.problem)
+    if plan.cache and plan.cache.keeps_residuals:
+        evidence = replace(evidence, magnitudes=load_magnitudes(plan))
+    return evidence
+
+
+def check_calibrated(plan: Plan) -> None:
+    """RequestError, with the command, if the step cache wants measurements that were not made."""
+    if plan.cache and not plan.cache.calibrated:
+        raise RequestError(
+            f"cache={plan.cache.cache}: {plan.model.name} was not measured for {plan.cache.steps} "
+            f"steps with shift {plan.steps.shift:g}; run sagewan calibrate --model "
+            f"{plan.request.model} --steps {plan.cache.steps} --shift {plan.steps.shift:g} first, "
+            "or choose easy"
+        )
 
 
 def prove(

@@ -14,12 +14,13 @@ from sagewan.attention.launch import is_out_of_memory
 from sagewan.attention.resolve import ImplementationError, one_line
 from sagewan.memory.placement import Place
 from sagewan.model.attention import Turn
+from sagewan.model.residuals import Residuals
 from sagewan.model.tiles import Tiles
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import Conditions
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.schedulers import TRAIN_STEPS, Sampler, make_sampler
-from sagewan.pipeline.step_cache import NEGATIVE, PROMPT, Reuse
+from sagewan.pipeline.step_cache import NEGATIVE, PROMPT, Reuse, Scheduled, begin
 from sagewan.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Snapshot:
     step: int
     latents: Tensor
     sampler: Sampler
-    reuse: Reuse | None = None
+    reuse: Reuse | Scheduled | None = None
 
 
 class NotFinite(Exception):
@@ -79,6 +80,7 @@ def denoise(
     watch: Watch,
     *,
     resume: Snapshot | None = None,
+    residuals: Residuals | None = None,
 ) -> Tensor:
     """The video's latents, float32 [1, C, F, H, W] on the plan's device; of B videos at once, if
     the snapshot to begin with and the conditions are of B.
@@ -86,12 +88,14 @@ def denoise(
     Noise comes from the plan's seed, drawn on the CPU in float32, so it is the same on every
     device. Raises NotFinite after a step that gave NaN or infinite values, and RowFailed within a
     step, none of whose calls are counted, as NoMemory does; ``resume`` takes their snapshot and
-    goes on from there, by the plan given now. Raises Cancelled within a block.
+    goes on from there, by the plan given now. Raises Cancelled within a block. ``residuals`` may
+    measure what the blocks add.
     """
     state = resume or start(plan)
     latents, sampler = state.latents, state.sampler.copy()
-    reuse = state.reuse.copy() if state.reuse else Reuse(plan.cache, components.forwards)
     turn = _turn(plan, len(sampler.times), watch.check)
+    turn.residuals = residuals or turn.residuals
+    reuse = begin(plan.cache, components.forwards, turn.residuals, state.reuse)
     watch.stage("denoise", turn.steps)
     with components.attention.during(turn), _experts(components, plan) as expert:
         for step in range(state.step, turn.steps):

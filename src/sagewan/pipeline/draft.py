@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from sagewan.pipeline.decide import stored_evidence
+from sagewan.pipeline.decide import check_calibrated, stored_evidence
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.models import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
@@ -33,6 +33,7 @@ def draft_plan(request: Request, hardware: Hardware, *, real: bool = True) -> Pl
     plan = make_plan(request, model, hardware, Evidence(), loras)
     if real:
         plan = make_plan(request, model, hardware, stored_evidence(plan, hardware), loras)
+        check_calibrated(plan)
     return plan
 
 

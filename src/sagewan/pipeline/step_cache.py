@@ -1,13 +1,14 @@
 """Leaving out calls of the transformer whose answer is known well enough, and saying which.
 
-When is EasyCache's rule (arXiv:2507.02860), written anew: from one step to the next the answer v
+MagCache (:class:`Scheduled`) is decided in the plan, EasyCache (:class:`Reuse`) in the run. When to
+reuse is EasyCache's rule (arXiv:2507.02860), written anew: from one step to the next the answer v
 changes at a nearly constant rate of the change of the latents x, so that its change can be told
 before it is computed; while the sum of what is told, relative to v, stays below the threshold, the
 step is not computed. What takes its place is the last computed v: EasyCache adds the last v − x to
 the latents, but a flow is nearly straight, so that v changes less (docs/decisions/0008).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from sagewan.plan.step_cache import CachePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sagewan.model.residuals import Residuals
 
 PROMPT, NEGATIVE = "prompt", "negative"
 # Nothing is divided by less.
@@ -70,10 +73,36 @@ class _Course:
         return replace(self, latents=latents, error=self.error + told)
 
 
+class Scheduled:
+    """MagCache: the plan knows the steps at which the blocks are left out and what they added last
+    is added again; this says so to ``residuals``, which belong to one turn. After a run was broken
+    off nothing is kept, so that a step may be computed which the plan wanted reused."""
+
+    def __init__(self, reused: Collection[int], forwards: Forwards, residuals: "Residuals") -> None:
+        self._reused = reused
+        self._forwards = forwards
+        self._residuals = residuals
+
+    def copy(self) -> "Scheduled":
+        """Itself: it has no state of its own."""
+        return self
+
+    def forward(
+        self, step: int, _expert: int, part: str, _: "Tensor", compute: "Callable[[], Tensor]"
+    ) -> "Tensor":
+        """The answer at a step (from 0), in one of guidance's passes."""
+        residuals = self._residuals
+        residuals.reuse = step in self._reused and residuals.knows(part)
+        residuals.keep = step + 1 in self._reused
+        answer = compute()
+        self._forwards.note(step, part, reused=residuals.reuse)
+        return answer
+
+
 class Reuse:
-    """Decides for each step whether it is computed: by the pass with the prompt, which the other
-    follows, because guidance multiplies their difference. The state is of one run, and can be
-    copied: what is in it is never changed."""
+    """EasyCache, or no cache: decides for each step whether it is computed, by the pass with the
+    prompt, which the other follows, because guidance multiplies their difference. The state is of
+    one run, and can be copied: what is in it is never changed."""
 
     def __init__(self, plan: CachePlan | None, forwards: Forwards) -> None:
         self._plan = plan
@@ -127,6 +156,19 @@ class Reuse:
         if not self._reusing:
             self._negatives[expert] = compute()
         return self._negatives[expert]
+
+
+def begin(
+    plan: CachePlan | None,
+    forwards: Forwards,
+    residuals: "Residuals",
+    before: "Reuse | Scheduled | None",
+) -> "Reuse | Scheduled":
+    """What decides about the passes of a run, or of the rest of one, which goes on with what it
+    knew."""
+    if plan and plan.reused is not None:
+        return Scheduled(plan.reused, forwards, residuals)
+    return before.copy() if isinstance(before, Reuse) else Reuse(plan, forwards)
 
 
 def _size(x: "Tensor") -> float:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from sagewan.plan.objection import Objection
+from sagewan.plan.step_cache import Magnitudes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,13 @@ class Shortage:
 @dataclass(frozen=True)
 class Evidence:
     """Everything learnt on one device in one head size and dtype, those of the plan's problem;
-    immutable, so a plan can be made again from it."""
+    immutable, so a plan can be made again from it. ``magnitudes`` are what a step cache goes by,
+    measured for the plan's model and steps."""
 
     tests: Mapping[str, SelfTest] = field(default_factory=dict)
     failures: Mapping[str, Objection] = field(default_factory=dict)
     shortages: tuple[Shortage, ...] = ()
+    magnitudes: Magnitudes | None = None
 
     def objection(self, implementation: str) -> Objection | None:
         """The reason not to use this implementation, if anything was learnt against it."""

@@ -27,7 +27,8 @@ class Needs:
     """What the sums are made of. ``weight_bytes`` are those of one transformer, ``lora_bytes`` of
     what lies beside them; the size is (width, height), on the grid. A step makes a pass for each of
     ``texts``. ``packed`` weights are unpacked, one matrix at a time, by some rows; ``file_backed``
-    ones stay in the pages of their files where they are not pinned."""
+    ones stay in the pages of their files where they are not pinned; ``keeps_residuals`` says that a
+    step cache keeps what the blocks add, for each text."""
 
     request: Request
     model: Model
@@ -42,6 +43,7 @@ class Needs:
     texts: int = 1
     packed: bool = False
     file_backed: bool = True
+    keeps_residuals: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,11 +304,15 @@ class _Planner:
             active += model.ffn * model.heads * model.head_dim * self._number
         active += budget.conditions_bytes(model, self._shape, self._number)
         resident = self._resident(swap)
+        kept = 0
+        if needs.keeps_residuals:
+            kept = needs.texts * needs.tokens * model.heads * model.head_dim * self._number
         if not self._on_device:
             return Stage(
                 "denoise",
                 (
                     Item("transformer", 0, resident),
+                    Item("step cache", 0, kept),
                     Item("text keys and values", 0, text_keys),
                     Item("activations", 0, active),
                 ),
@@ -320,6 +326,7 @@ class _Planner:
             (
                 Item("transformer", resident, host, pinned, max(0, waiting - host)),
                 Item("LoRAs", needs.lora_bytes),
+                Item("step cache", kept),
                 Item("text keys and values", text_keys),
                 Item("activations", active),
             ),

@@ -106,6 +106,7 @@ def make_plan(
     steps = _steps(request, model, preset, taught_schedule(request.steps, loras))
     _check_tokens(tokens, size, frames)
     sparsity = plan_sparsity(request.sparsity, token_grid, steps.count)
+    cache = plan_cache(request.cache, steps.count, steps.passes, evidence.magnitudes)
     problem = Problem(
         head_dim=model.head_dim, dtype=dtype, keys=tokens, block_mask=sparsity is not None
     )
@@ -128,6 +129,7 @@ def make_plan(
         quantised_attention=any(MODES[c.mode].quality < Quality.EXACT for c in attention.choices),
         packed=weights.format is not None,
         file_backed=weights.format == model.quantized and not weights.unpacks,
+        keeps_residuals=cache is not None and cache.keeps_residuals,
     )
     memory = plan_memory(needs, hardware, evidence.shortages)
     plan = Plan(
@@ -149,7 +151,7 @@ def make_plan(
         blocks=plan_blocks(model, dtype, device, hardware, evidence),
         memory=memory,
         sparsity=sparsity,
-        cache=plan_cache(request.cache, steps.count, steps.passes),
+        cache=cache,
         decoding=plan_decoding(device, dtype),
         loras=loras,
     )
@@ -286,7 +288,7 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
             f"sparsity {sparsity.sparsity} leaves out nothing: {plan.tokens} tokens are too few "
             "blocks; choose a larger size or more frames"
         )
-    if plan.cache and not plan.cache.reusable:
+    if plan.cache and plan.cache.calibrated and not plan.cache.reusable:
         yield (
             f"the step cache {plan.cache.cache} can leave out none of {plan.steps.count} steps: "
             f"the first {plan.cache.first} and the last are always computed"

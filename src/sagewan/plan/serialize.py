@@ -192,6 +192,7 @@ def _cache(cache: CachePlan) -> dict[str, Any]:
         "last": cache.last,
         "forwards": cache.forwards,
         "reusable": cache.reusable,
+        "steps": None if cache.reused is None else [step + 1 for step in cache.reused],
     }
 
 

@@ -85,12 +85,14 @@ def card_of(device: Device) -> str | None:
 
 def estimated_seconds(plan: Plan) -> float | None:
     """Seconds of denoising and decoding by the card's listed rates; None for one not listed. With
-    a step cache at most so many: what it reuses is not known beforehand."""
+    a step cache whose reuse is not known beforehand, at most so many."""
     card = card_of(plan.device)
     if card is None:
         return None
     rate, steps = RATES[card], plan.steps
     passes = steps.count * steps.passes
+    if plan.cache and plan.cache.reused is not None:
+        passes -= plan.cache.reusable
     swapped = plan.memory.block_swap * _block_bytes(plan)
     forward = max(_forward_seconds(plan, rate), swapped / _LINK)
     return passes * forward + _decode_seconds(plan, rate)

@@ -201,7 +201,8 @@ def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
         lines.append((words("field.cache"), told))
     seconds = estimated_seconds(plan)
     if seconds is not None:
-        about = "plan.at_most" if plan.cache else "plan.about"
+        open_ = plan.cache and plan.cache.reused is None
+        about = "plan.at_most" if open_ else "plan.about"
         lines.append((words("plan.time"), words(about, time=words.seconds(seconds))))
     if plan.attention.ends:
         counts = words("plan.ends", first=plan.attention.first, last=plan.attention.last)

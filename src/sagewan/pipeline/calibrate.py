@@ -1,0 +1,65 @@
+"""Measures what MagCache goes by: one video is denoised, and of each step it is noted how much its
+blocks add, against the step before. No video is written."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sagewan.pipeline.decide import decide
+from sagewan.pipeline.magnitudes import store_magnitudes
+from sagewan.pipeline.progress import DECIDE, Watch
+from sagewan.plan.plan import Plan
+from sagewan.plan.request import Request
+from sagewan.plan.step_cache import MAG, Magnitudes, StepCache, plan_cache
+
+# Its authors' for Wan.
+USUAL = StepCache(method=MAG, threshold=0.06)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """What was measured, for which plan, where it is kept, and which steps (from 0) the cache that
+    was asked for would reuse."""
+
+    plan: Plan
+    magnitudes: Magnitudes
+    path: Path
+    reused: tuple[int, ...]
+
+
+def calibrate(request: Request, watch: Watch) -> Calibrated:
+    """Measure the request's model for its steps. Raises as generate does."""
+    from sagewan.attention.launch import Launcher
+    from sagewan.checkpoint.find import find_model
+    from sagewan.checkpoint.lora import find_loras
+    from sagewan.model.residuals import Measuring
+    from sagewan.pipeline.build import build
+    from sagewan.pipeline.conditions import encode
+    from sagewan.pipeline.denoise import denoise
+    from sagewan.pipeline.pictures import load_picture
+    from sagewan.pipeline.probe import probe
+    from sagewan.pipeline.step_cache import PROMPT
+
+    watch.stage(DECIDE)
+    cache = request.cache if request.cache and request.cache.method == MAG else USUAL
+    # What is reused is not measured.
+    request = replace(request, cache=cache, sparsity=None)
+    model = find_model(request.model)
+    loras = find_loras(request.lora, model)
+    decision = decide(request, model, probe(), loras, watch=watch, calibrating=True)
+    plan = replace(decision.plan, cache=None)
+    paths = {"image": request.image, "last_image": request.last_image}
+    pictures = {
+        name: load_picture(path, plan.grid_size, name) for name, path in paths.items() if path
+    }
+    watch.planned(plan)
+    watch.stage("load")
+    components = build(plan, Launcher(), watch=watch)
+    watch.stage("encode")
+    conditions = encode(components, plan, pictures)
+    measuring = Measuring(PROMPT)
+    denoise(components, plan, conditions, watch, residuals=measuring)
+    magnitudes = tuple(measuring.magnitudes)
+    planned = plan_cache(cache, plan.steps.count, plan.steps.passes, magnitudes)
+    path = store_magnitudes(plan, magnitudes)
+    reused = planned.reused if planned and planned.reused else ()
+    return Calibrated(plan=plan, magnitudes=magnitudes, path=path, reused=reused)

@@ -1,0 +1,64 @@
+"""The measured magnitudes that MagCache goes by, kept between runs for exactly the model, the LoRAs
+and the steps that they were measured with. Imports no torch."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from sagewan.cache import cache_folder, write_whole
+from sagewan.plan.plan import Plan
+from sagewan.plan.step_cache import Magnitudes
+
+logger = logging.getLogger(__name__)
+
+
+def load_magnitudes(plan: Plan) -> Magnitudes | None:
+    """Those of the plan's model and steps; None if they were not measured."""
+    values = _read().get(_key(plan))
+    if not isinstance(values, list):
+        return None
+    if all(value is None or isinstance(value, float) for value in values):
+        return tuple(values)
+    logger.warning("%s is ignored: it holds no numbers", _path())
+    return None
+
+
+def store_magnitudes(plan: Plan, magnitudes: Magnitudes) -> Path:
+    """Keep them for later runs; where they are. Raises OSError."""
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {**_read(), _key(plan): list(magnitudes)}
+    write_whole(path, json.dumps(stored, indent=1).encode())
+    return path
+
+
+def _path() -> Path:
+    return cache_folder() / "magnitudes.json"
+
+
+def _key(plan: Plan) -> str:
+    model, steps = plan.model, plan.steps
+    parts = {
+        "model": model.name,
+        "in": model.location,
+        "parameters": model.parameters,
+        "LoRAs": ", ".join(str(file.lora) for file in plan.loras),
+        "steps": steps.count,
+        "shift": steps.shift,
+        "scheduler": steps.scheduler,
+        "boundary": steps.boundary,
+    }
+    return "; ".join(f"{name} {value}" for name, value in parts.items() if value)
+
+
+def _read() -> dict[str, Any]:
+    path = _path()
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s is ignored: %s", path, error)
+        return {}
+    return stored if isinstance(stored, dict) else {}

@@ -121,7 +121,7 @@ def test_strides_that_the_kernels_do_not_take_are_refused() -> None:
         token_rows.add_and_norm(hidden, Norm(eps=1e-6), torch.empty(1, 48, 4).mT)
     with pytest.raises(ShapeError, match="columns"):
         token_rows.add_and_norm(torch.empty(1, 1, 20000), Norm(eps=1e-6), torch.empty(1, 1, 20000))
-    apart = Norm(eps=1e-6, shift=torch.empty(1, 48), scale=torch.empty(1, 2, 48)[:, 0])
+    apart = Norm(eps=1e-6, shift=torch.empty(2, 48), scale=torch.empty(2, 2, 48)[:, 0])
     with pytest.raises(ShapeError, match="apart"):
         token_rows.add_and_norm(hidden, apart, hidden)
 
@@ -163,6 +163,18 @@ def exact_block(block: Any) -> Any:
             layer.bias.data = module.bias.data
             exact.set_submodule(name, layer)
     return exact.float()
+
+
+def test_videos_of_one_batch_may_share_their_time() -> None:
+    block = small_block(fp8=False)
+    hidden, text, times, rotary = inputs(pictures=False)
+    shared = Modulation(times.vectors[:1], times.bounds)
+    each = Modulation(times.vectors[:1].expand(2, -1, -1, -1).contiguous(), times.bounds)
+    attention = Attention(Launcher())
+    forward = FusedBlock(block, attention, 0, Passes(BLOCK_ROWS[0], "fused", Counter()))
+    with torch.inference_mode(), attention.during(Turn(PLAN, 1, lambda: None)):
+        found, expected = (forward(hidden.clone(), text, t, rotary) for t in (shared, each))
+    assert found.equal(expected)
 
 
 def inputs(*, pictures: bool) -> tuple[Tensor, Tensor, Modulation, tuple[Tensor, Tensor]]:

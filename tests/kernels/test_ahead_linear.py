@@ -52,6 +52,18 @@ LAUNCHERS: dict[str, tuple[str, Callable[[], Any]]] = {
             HIDDEN, Norm(eps=1e-6, weight=ONE_ROW, bias=ONE_ROW), HIDDEN, Residual(y=HIDDEN)
         ),
     ),
+    "add": (
+        "sagewan.nvfp4_unpacked",
+        lambda: token_rows.add_and_norm(HIDDEN, None, None, Residual(y=HIDDEN, gate=VECTORS[:, 5])),
+    ),
+    "as_it_is_fp8": (
+        "torch.fp8_rows",
+        lambda: token_rows.add_and_norm(HIDDEN, Norm(eps=None), ROWS_8, Residual(y=HIDDEN)),
+    ),
+    "rms": (
+        "sagewan.nvfp4_unpacked",
+        lambda: token_rows.norm_and_rotate(HEADS, HEADS, BIAS, 1e-6, None),
+    ),
     "rotate": (
         "sagewan.nvfp4_unpacked",
         lambda: token_rows.norm_and_rotate(HEADS, HEADS, BIAS, 1e-6, (ANGLES, ANGLES)),

@@ -28,7 +28,7 @@ _VARYING = ("s_b",)
 
 @dataclass(frozen=True, kw_only=True)
 class Residual:
-    """hidden += y·gate: y [B, N, W] in 16 bit, gate [B, W] float32 or None for 1."""
+    """hidden += y·gate: y [B, N, W] in 16 bit, gate [B or 1, W] float32 or None for 1."""
 
     y: Tensor
     gate: Tensor | None = None
@@ -38,8 +38,8 @@ class Residual:
 class Norm:
     """Layer norm: (x − mean) / √(variance + eps) · weight + bias, then · (1 + scale) + shift.
 
-    weight and bias [W], shift and scale [B, W] float32; each pair may be None. ``eps`` None leaves
-    x as it is.
+    weight and bias [W], shift and scale [B or 1, W] float32; each pair may be None. ``eps`` None
+    leaves x as it is.
     """
 
     eps: float | None
@@ -68,7 +68,8 @@ def add_and_norm(
     data = out.data if isinstance(out, Fp8Rows) else out
     y = residual.y if residual else None
     _check(hidden, *(x for x in (y, data, *vectors) if x is not None))
-    if any(x.stride(0) != vectors[0].stride(0) for x in vectors):
+    strides = {0 if x.shape[0] == 1 else x.stride(0) for x in vectors}
+    if len(strides) > 1:
         raise ShapeError("the vectors of a time lie apart: give views of one tensor")
     parts, block, schedule = cut(columns)
     arguments = {
@@ -81,7 +82,7 @@ def add_and_norm(
         "bias": norm.bias if norm else None,
         "shift": norm.shift if norm else None,
         "scale": norm.scale if norm else None,
-        "v_b": vectors[0].stride(0) if vectors else 0,
+        "v_b": max(strides, default=0),
         "out": data,
         "o_b": data.stride(0) if data is not None else 0,
         "scales": out.scale if isinstance(out, Fp8Rows) else None,

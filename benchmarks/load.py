@@ -1,5 +1,5 @@
-"""Ways to bring weights from a file's pages to a GPU: one tensor after the other, through pinned
-buffers, and by several threads.
+"""Ways to bring weights from a file's pages to a GPU: one tensor after the other, by several
+threads, and as a run does, through pinned buffers.
 
     python -m benchmarks.load [--gb 6] [--folder DIR] [--json FILE]
 
@@ -16,16 +16,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sagewan.checkpoint.tensors import open_file
 from sagewan.checkpoint.writer import Slot, Writer
+from sagewan.memory.upload import upload
 
 SHAPE = (13824, 5120)
-_STAGE = 64 << 20
 
 Bring = Callable[[Sequence[Tensor], str], list[Tensor]]
 
@@ -42,50 +41,12 @@ def in_threads(count: int) -> Bring:
     return bring
 
 
-def staged(count: int) -> Bring:
-    """``count`` threads, each with two pinned buffers: one is filled while the other is sent."""
-
-    def bring(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
-        targets = [torch.empty_like(tensor, device=device) for tensor in tensors]
-        pairs = list(zip(tensors, targets, strict=True))
-
-        def work(first: int) -> None:
-            torch.set_num_threads(max(1, 16 // count))
-            stages = [torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-            stream = torch.cuda.Stream()
-            free: list[Any] = [None, None]
-            turn = 0
-            for source, target in pairs[first::count]:
-                of, to = source.view(-1).view(torch.uint8), target.view(-1).view(torch.uint8)
-                for start in range(0, len(of), _STAGE):
-                    part = of[start : start + _STAGE]
-                    if free[turn]:
-                        free[turn].synchronize()
-                    stages[turn][: len(part)].copy_(part)
-                    with torch.cuda.stream(stream):
-                        to[start : start + len(part)].copy_(
-                            stages[turn][: len(part)], non_blocking=True
-                        )
-                    free[turn] = stream.record_event()
-                    turn = 1 - turn
-            stream.synchronize()
-
-        with ThreadPoolExecutor(count) as pool:
-            list(pool.map(work, range(count)))
-        return targets
-
-    return bring
-
-
 WAYS: dict[str, Bring] = {
     "one after the other": one_by_one,
     "2 threads": in_threads(2),
     "4 threads": in_threads(4),
     "8 threads": in_threads(8),
-    "pinned, 1 thread": staged(1),
-    "pinned, 2 threads": staged(2),
-    "pinned, 4 threads": staged(4),
-    "pinned, 8 threads": staged(8),
+    "as a run": upload,
 }
 
 

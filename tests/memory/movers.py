@@ -1,6 +1,6 @@
 """Movers without a device, that run copies as late or as early as their marks allow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,8 +25,8 @@ class LateMover:
         self.log.append(f"empty {nbytes}")
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
-    def place(self, tensor: Tensor) -> Tensor:
-        return tensor.clone()
+    def place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.clone() for tensor in tensors]
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.log.append("copy")

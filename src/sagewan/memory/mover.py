@@ -4,12 +4,14 @@ One protocol, so that the order of copies, waits and releases is the same on a G
 in a test that runs the copies as late, or as early, as the marks allow.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sagewan.memory.pinned import CudaRegister, NoRegister, Register
+from sagewan.memory.upload import upload
 
 # A point in a stream's work: an event on a GPU. None is a point already reached.
 Mark = Any
@@ -23,8 +25,8 @@ class Mover(Protocol):
     def empty(self, nbytes: int) -> Tensor:
         """A uint8 buffer on the device."""
 
-    def place(self, tensor: Tensor) -> Tensor:
-        """A copy of a tensor on the device, made in the computing's order."""
+    def place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of tensors on the device, made in the computing's order."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Copy in the order of the copying; returns before it is done."""
@@ -57,9 +59,8 @@ class CudaMover:
         with torch.inference_mode(mode=False):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def place(self, tensor: Tensor) -> Tensor:
-        with torch.inference_mode(mode=False):
-            return tensor.to(self._device, non_blocking=True)
+    def place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return upload(tensors, str(self._device))
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self._stream):
@@ -93,8 +94,8 @@ class DirectMover:
         with torch.inference_mode(mode=False):
             return torch.empty(nbytes, dtype=torch.uint8)
 
-    def place(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def place(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)

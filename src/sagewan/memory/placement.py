@@ -75,8 +75,7 @@ class Placement:
         host = [tensor.data for tensor in self._residents]
         if self.place.keeps_host:
             self._host = host
-        for tensor, data in zip(self._residents, host, strict=True):
-            point([tensor], [self._mover.place(data)])
+        point(self._residents, self._mover.place(host))
         # What the copies read must be whole until they are done.
         self._mover.host_waits(self._mover.computed())
         if self._swap:

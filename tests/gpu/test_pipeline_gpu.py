@@ -16,7 +16,7 @@ from sagewan.pipeline.decode import decode
 from sagewan.pipeline.denoise import denoise
 from sagewan.pipeline.guard import FrameGuard
 from sagewan.pipeline.progress import Watch
-from sagewan.plan.decoding import EXACT, Decoding
+from sagewan.plan.decoding import EXACT
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import SCHEDULERS
 from tests.pipeline.runs import difference, latents_of, picture, pictures_of, plan_for
@@ -75,7 +75,7 @@ def test_frames_in_bfloat16_are_those_of_float32_rounded_and_always_the_same() -
     changes = {"prompt": "a red ball rolls to the right", "negative": None, "steps": 8}
     changes |= {"size": None, "frames": None, "dtype": "bfloat16"}
     plan = gpu_plan(Path("demo"), **changes)
-    assert plan.decoding == Decoding(dtype="bfloat16", channels_last=True)
+    assert (plan.decoding.dtype, plan.decoding.channels_last) == ("bfloat16", True)
     latents = latents_of(plan)
 
     def frames(plan: Plan) -> np.ndarray:

@@ -193,9 +193,12 @@ def test_the_run_that_was_measured_is_planned_as_it_went() -> None:
     found = plan(quantization="fp8_scaled", size=(832, 480), frames=81, attention="sdpa")
     memory = found.memory
     stages = {stage.name: stage for stage in memory.stages}
-    # Whole, both ran out.
+    # Whole, it ran out.
     assert memory.text_swap > 0
-    assert memory.decode_tile is not None
+    # In bfloat16 the VAE decoded it whole in 5.38 GiB, with what the allocator can't use.
+    assert memory.decode_tile is None
+    decode = stages["decode"].device - budget.CONTEXT - budget.WORKSPACE
+    assert 1.0 <= decode / GIB / 5.38 < 1.1
     # With 21 blocks swapped, denoising took 9.86 GiB of the device and pinned 6.881 of the host.
     more = plan(quantization="fp8_scaled", size=(832, 480), attention="sdpa", block_swap=21)
     denoise = next(stage for stage in more.memory.stages if stage.name == "denoise")

@@ -71,7 +71,13 @@ def test_frames_are_decoded_in_bfloat16_on_a_gpu_that_computes_in_it(
 ) -> None:
     decoding = plan_for(device=device, dtype=dtype).decoding
     assert decoding.dtype == found
-    assert decoding.channels_last == (found == "bfloat16")
+    assert decoding.channels_last == decoding.rounds == (found == "bfloat16")
+
+
+def test_latent_frames_of_small_pictures_are_decoded_together_on_a_gpu() -> None:
+    assert plan_for(DEMO).decoding.at_once > 1
+    assert plan_for(DEMO, device="cpu").decoding.at_once == 1
+    assert plan_for(size=(832, 480)).decoding.at_once == 1
 
 
 def test_two_experts_have_two_guidance_scales() -> None:

@@ -173,9 +173,9 @@ class _Shelf:
         return part
 
     def decoder(self, decoding: Decoding) -> Part:
-        if decoding == EXACT:
+        if not decoding.rounds:
             return self.part("vae", load_vae)
-        return self.part("vae", partial(load_vae, decoding=decoding), stored=str(decoding))
+        return self.part("vae", partial(load_vae, decoding=decoding), stored=decoding.dtype)
 
     def close(self) -> None:
         """Free whatever else the session has."""

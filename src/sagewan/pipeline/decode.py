@@ -37,7 +37,8 @@ def decode(
     with components.decoder.on(plan.device.torch_name) as vae:
         ready = _ready(latents, vae)
         if plan.memory.decode_tile is None:
-            sent = (_sent(piece, plan.size) for piece in decode_pieces(ready, vae))
+            pieces = decode_pieces(ready, vae, plan.decoding.at_once)
+            sent = (_sent(piece, plan.size) for piece in pieces)
             for frames in _ahead(sent, int(plan.device.is_cuda)):
                 yield from frames.taken(guard)
             return
@@ -108,7 +109,8 @@ def decode_batch(components: Components, plan: Plan, latents: Tensor) -> Tensor:
     """Latents [B, C, F, H, W] → all frames, uint8 RGB [B, T, height, width, 3] on the device: the
     values that :func:`decode` gives. A few small videos are decoded at a time."""
     width, height = plan.grid_size
-    at_once = max(1, _PIXELS // (width * height * plan.model.temporal))
+    together = plan.decoding.at_once
+    at_once = max(1, _PIXELS // (width * height * plan.model.temporal * together))
     with components.decoder.on(plan.device.torch_name) as vae:
         if plan.memory.decode_tile is not None:
             ready = (_ready(one, vae) for one in latents.split(1))
@@ -118,7 +120,7 @@ def decode_batch(components: Components, plan: Plan, latents: Tensor) -> Tensor:
             torch.cat(
                 [
                     _cropped(frame_bytes(x), plan.size)
-                    for x in decode_pieces(_ready(part, vae), vae)
+                    for x in decode_pieces(_ready(part, vae), vae, together)
                 ],
                 dim=1,
             )

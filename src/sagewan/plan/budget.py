@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from sagewan.plan.decoding import EXACT, Decoding
 from sagewan.plan.layers import block_layers
 from sagewan.plan.models import TEXT_TOKENS, Model
 
@@ -247,31 +248,38 @@ def decode_stage(
     *,
     on_device: bool,
     staying: int = 0,
+    decoding: Decoding = EXACT,
 ) -> Stage:
     """The VAE's decoder; ``shape`` is (frames, rows, columns) of the latents, ``staying`` the bytes
     of the transformer that stays on the device meanwhile."""
     costs = vae_costs(model)
     frames, rows, columns = shape
     pixels = (4 * (frames - 1) + 1) * rows * columns * model.spatial**2 * 3
-    waiting = 0 if tile is None else frames * rows * columns * costs.features + pixels
-    decoding = decode_bytes(model, (rows, columns), tile)
+    features = frames * rows * columns * costs.features * decoding.number_bytes // 4
+    waiting = 0 if tile is None else features + pixels
+    active = decode_bytes(model, (rows, columns), tile, decoding)
     return Stage(
         "decode",
         (
-            *_placed("VAE", costs.weights, 0, on_device=on_device),
-            *_placed("activations", decoding, waiting, on_device=on_device),
+            *_placed("VAE", costs.weights * decoding.number_bytes // 4, 0, on_device=on_device),
+            *_placed("activations", active, waiting, on_device=on_device),
             Item("waiting transformer", staying),
         ),
     )
 
 
-def decode_bytes(model: Model, size: tuple[int, int], tile: tuple[int, int] | None) -> int:
+def decode_bytes(
+    model: Model,
+    size: tuple[int, int],
+    tile: tuple[int, int] | None,
+    decoding: Decoding = EXACT,
+) -> int:
     """The most that decoding takes beyond the VAE's weights; (rows, columns) of latent cells."""
-    costs = vae_costs(model)
+    costs, number = vae_costs(model), decoding.number_bytes
     if tile is None:
-        return costs.whole * prod(size)
+        return costs.whole * prod(size) * decoding.at_once * number // 4
     held = (min(a, b + costs.margin) for a, b in zip(size, tile, strict=True))
-    return max(costs.tiled * prod(held), costs.small_end * prod(size))
+    return max(costs.tiled * prod(held), costs.small_end * prod(size)) * number // 4
 
 
 def with_overhead(stage: Stage, *, on_device: bool) -> Stage:

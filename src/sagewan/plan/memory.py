@@ -6,6 +6,7 @@ from math import prod
 
 from sagewan.plan import budget
 from sagewan.plan.budget import GIB, UMT5_BLOCKS, Chunks, Item, Stage, Weights
+from sagewan.plan.decoding import Decoding, plan_decoding
 from sagewan.plan.evidence import Shortage
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.models import Model
@@ -150,7 +151,12 @@ class _Planner:
         yield self._denoise(draft.chunks, draft.block_swap, draft.text_keys)
         staying = self._resident(draft.block_swap) if draft.stays else 0
         yield budget.decode_stage(
-            model, self._shape, draft.decode_tile, on_device=self._on_device, staying=staying
+            model,
+            self._shape,
+            draft.decode_tile,
+            on_device=self._on_device,
+            staying=staying,
+            decoding=self._decoding,
         )
 
     @property
@@ -174,6 +180,10 @@ class _Planner:
     def _number(self) -> int:
         """Bytes of a number in the plan's dtype."""
         return 4 if self.needs.dtype == "float32" else 2
+
+    @property
+    def _decoding(self) -> Decoding:
+        return plan_decoding(self.needs.device, self.needs.dtype, self.needs.grid_size)
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -224,7 +234,10 @@ class _Planner:
     def _decode_tile(self) -> tuple[int, int] | None:
         model, shape = self.needs.model, self._shape
         return self._tile(
-            "decode", lambda tile: budget.decode_stage(model, shape, tile, on_device=True)
+            "decode",
+            lambda tile: budget.decode_stage(
+                model, shape, tile, on_device=True, decoding=self._decoding
+            ),
         )
 
     def _tile(
@@ -281,7 +294,12 @@ class _Planner:
         if self.needs.model.experts > 1 or not self._on_device:
             return False
         stage = budget.decode_stage(
-            self.needs.model, self._shape, tile, on_device=True, staying=self._resident(swap)
+            self.needs.model,
+            self._shape,
+            tile,
+            on_device=True,
+            staying=self._resident(swap),
+            decoding=self._decoding,
         )
         return self._fits(stage)
 

@@ -152,7 +152,7 @@ def make_plan(
         memory=memory,
         sparsity=sparsity,
         cache=cache,
-        decoding=plan_decoding(device, dtype),
+        decoding=plan_decoding(device, dtype, grid_size),
         loras=loras,
     )
     swap = preset.block_swap if preset else None

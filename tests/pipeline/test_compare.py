@@ -16,6 +16,7 @@ from sagewan.pipeline.export import read_frames
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.pipeline.tiles import GAIN, Wall
 from sagewan.plan.request import Request
+from sagewan.plan.step_cache import StepCache
 
 
 def flat(*levels: int, size: tuple[int, int] = (32, 48)) -> Iterator[NDArray[np.uint8]]:
@@ -29,6 +30,15 @@ def test_variants_share_all_but_what_they_change(tmp_path: Path) -> None:
     assert first.request.seed == second.request.seed is not None
     assert second.request.output == tmp_path / "cmp-2.mp4"
     assert second.request.report is None
+
+
+def test_a_variant_can_turn_off_what_the_others_have() -> None:
+    base = Request(prompt="a red ball", cache=StepCache.parse("easy:0.05"), block_swap=3)
+    changes = [{"cache": None, "block_swap": None}, {"cache": "easy:0.1"}]
+    first, second = variants_of(base, changes)
+    assert (first.name, second.name) == ("cache=none block_swap=auto", "cache=easy:0.1")
+    assert (first.request.cache, first.request.block_swap) == (None, None)
+    assert (str(second.request.cache), second.request.block_swap) == ("easy:0.1", 3)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.run import Result, execute, prepare, with_seed
 from sagewan.pipeline.tiles import Wall
 from sagewan.plan.hardware import GIB
+from sagewan.plan.modes import AUTO
+from sagewan.plan.parse import NONE_IS_AUTO, OFF
 from sagewan.plan.request import Request
 from sagewan.plan.serialize import fields_from_json
 
@@ -108,8 +110,11 @@ def variants_of(request: Request, changes: Sequence[Mapping[str, Any]]) -> list[
         if fixed := [name for name in change if name in _FIXED]:
             raise RequestError(f"compare keeps {fixed[0]} the same for all settings; leave it out")
         output = request.output.with_name(f"{request.output.stem}-{number}.mp4")
-        fields = fields_from_json(change)
-        name = " ".join(f"{key}={_shown(value)}" for key, value in change.items()) or "as it is"
+        # What is null takes its default, whatever the base has.
+        unset = {name: getattr(Request, name) for name, value in change.items() if value is None}
+        fields = fields_from_json(change) | unset
+        name = " ".join(f"{key}={_shown(key, value)}" for key, value in change.items())
+        name = name or "as it is"
         variants.append(Variant(name=name, request=replace(request, output=output, **fields)))
     if len({variant.name for variant in variants}) < len(variants):
         raise RequestError("compare was given one setting twice: make them different")
@@ -214,7 +219,10 @@ def _gib(count: int | None) -> float | None:
     return None if count is None else count / GIB
 
 
-def _shown(value: object) -> str:
+def _shown(field: str, value: object) -> str:
+    """A value as its flag takes it."""
+    if value is None:
+        return AUTO if field in NONE_IS_AUTO else OFF
     if not isinstance(value, list):
         return str(value)
     numbers = all(isinstance(item, int) for item in value)

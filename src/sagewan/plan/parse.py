@@ -33,7 +33,7 @@ PARSE: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
     tuple[Lora, ...]: (lambda texts: tuple(map(Lora.parse, texts)), "FILE or FILE:STRENGTH"),
 }
 # Fields of numbers that are found by the plan where they are not given.
-_NONE_IS_AUTO = ("block_swap",)
+NONE_IS_AUTO = ("block_swap",)
 # Fields that are off unless chosen, and can be turned off again.
 _NONE_IS_OFF = ("sparsity", "cache")
 OFF = "none"
@@ -46,7 +46,7 @@ def parsed(field: str, value: Any) -> Any:
     the fix, if it is of another kind."""
     if isinstance(value, bool):
         return value
-    if (field in _NONE_IS_AUTO and value == AUTO) or (field in _NONE_IS_OFF and value == OFF):
+    if (field in NONE_IS_AUTO and value == AUTO) or (field in _NONE_IS_OFF and value == OFF):
         return None
     parse, kind = PARSE[field_types()[field]]
     try:

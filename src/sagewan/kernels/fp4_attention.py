@@ -281,7 +281,7 @@ def _fp4_attention_kernel(
         block_counts, block_tails, block_b, block_h, heads, head, row_block, keys, BLOCK_N
     )
     for position in range(0, whole, BLOCK_N):
-        start = key_of(blocks, list_place, position)
+        start = key_of(blocks, list_place, position, BLOCK_N)
         acc, total, highest, reference = _step(
             acc, total, highest, reference, queries, codes, block_scale, k, k_scales, k_scale, v,
             v_scales, correction, start, keys, keys_padded, False, NATIVE, BLOCK_M, BLOCK_N,

@@ -209,7 +209,7 @@ def _fp8_attention_kernel(
         block_counts, block_tails, block_b, block_h, heads, head, row_block, keys, BLOCK_N
     )
     for position in range(0, whole, BLOCK_N):
-        start = key_of(blocks, place, position)
+        start = key_of(blocks, place, position, BLOCK_N)
         acc, total, highest = _step(
             acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, start, keys,
             keys_padded, False, HALF_SUMS, BLOCK_M, BLOCK_N, BLOCK_D,

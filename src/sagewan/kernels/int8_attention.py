@@ -335,7 +335,7 @@ def _int8_attention_kernel(
         block_counts, block_tails, block_b, block_h, heads, head, row_block, keys, BLOCK_N
     )
     for position in range(0, whole, BLOCK_N):
-        start = key_of(blocks, place, position)
+        start = key_of(blocks, place, position, BLOCK_N)
         acc, total, highest = _step(
             acc, total, highest, queries, row_scale, k, k_scale, k_bias, v, v_n, v_d, start, keys,
             size, False, WHOLE_D, BLOCK_N, BLOCK_D,

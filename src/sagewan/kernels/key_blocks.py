@@ -95,8 +95,10 @@ def walk(
 
 
 @triton.jit
-def key_of(blocks, place, position, SIZE: tl.constexpr = BLOCK):
+def key_of(blocks, place, position, BLOCK_N: tl.constexpr, SIZE: tl.constexpr = BLOCK):
     """The key at a position among those of the blocks that are visited, one after the other."""
     if blocks is not None:
         position = tl.load(blocks + place + position // SIZE) * SIZE + position % SIZE
+        # Else columns of V are read byte by byte: the compiler does not see this through the list.
+        position = tl.multiple_of(position, BLOCK_N)
     return position

@@ -11,6 +11,7 @@ import torch
 from sagewan.memory.mover import CudaMover
 from sagewan.memory.pinned import CudaRegister, PinnedMemory
 from sagewan.memory.placement import Place, Placement
+from sagewan.memory.upload import upload
 from sagewan.pipeline.session import Session
 from sagewan.plan.budget import Chunks
 from tests.gpu.test_pipeline_gpu import gpu_plan
@@ -97,3 +98,24 @@ def test_memory_returns_to_its_start_after_twenty_videos(
             session.generate(wanted)
         assert torch.cuda.memory_allocated() <= 1.01 * before
     assert torch.cuda.memory_allocated() <= before
+
+
+def test_weights_arrive_as_they_were_after_other_work() -> None:
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(5000, 4001, generator=generator)
+    tensors = [
+        large,
+        large.bfloat16(),
+        torch.randn(7, generator=generator),
+        torch.randn(64, 64, 3, 3, 3, generator=generator).to(memory_format=torch.channels_last_3d),
+        large[:1000].to(torch.float8_e4m3fn),
+    ]
+    # The copies' memory is what this work leaves, which is not yet done.
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):
+        busy = torch.tanh(busy @ busy)
+    del busy
+    arrived = upload(tensors, "cuda")
+    for one, wanted in zip(arrived, tensors, strict=True):
+        assert one.stride() == wanted.stride()
+        assert torch.equal(one.cpu().float(), wanted.float())

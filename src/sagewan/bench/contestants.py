@@ -18,9 +18,10 @@ from sagewan.bench.case import Case
 from sagewan.bench.floor import Arithmetic
 from sagewan.checkpoint.quantize import pack
 from sagewan.errors import UnsupportedError
-from sagewan.model.attention import Attention, Turn
+from sagewan.model.attention import Attention
 from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier, QuantLinear
+from sagewan.pipeline.denoise import turn_of
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.plan import Plan, make_plan
@@ -201,7 +202,7 @@ def _ours(stored: Any, plan: Plan, mode: str) -> Contestant:
         values=bits_of(row.pv),
     )
     stored_as, chunks = plan.weights.quantization, plan.memory.chunks
-    turn = Turn(plan.attention, 1, lambda: None, chunk=chunks.tokens, heads=chunks.heads)
+    turn = turn_of(plan, 1, lambda: None)
     return Contestant(
         name=f"ours {_word(stored_as)} + {mode}",
         model=transformer,

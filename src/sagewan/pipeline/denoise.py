@@ -93,7 +93,7 @@ def denoise(
     """
     state = resume or start(plan)
     latents, sampler = state.latents, state.sampler.copy()
-    turn = _turn(plan, len(sampler.times), watch.check)
+    turn = turn_of(plan, len(sampler.times), watch.check)
     turn.residuals = residuals or turn.residuals
     reuse = begin(plan.cache, components.forwards, turn.residuals, state.reuse)
     watch.stage("denoise", turn.steps)
@@ -124,7 +124,8 @@ def denoise(
     return _with_first_frame(latents, plan, conditions)
 
 
-def _turn(plan: Plan, steps: int, check: Callable[[], None]) -> Turn:
+def turn_of(plan: Plan, steps: int, check: Callable[[], None]) -> Turn:
+    """The turn of a run of so many steps, as it begins."""
     chunks = plan.memory.chunks
     tiling = Tiles.of(plan.sparsity, plan.device.torch_name) if plan.sparsity else None
     return Turn(
@@ -146,7 +147,7 @@ def predict(
     """The flow that the transformer predicts, without guidance, for each (step from 0, latents
     [B, C, F, H, W] as they are before it). Raises ImplementationError."""
     times = start(plan).sampler.times
-    turn = _turn(plan, len(times), lambda: None)
+    turn = turn_of(plan, len(times), lambda: None)
     with components.attention.during(turn), _experts(components, plan) as expert:
         found = []
         for step, latents in points:

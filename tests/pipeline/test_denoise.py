@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sagewan.attention.launch import Launcher
 from sagewan.errors import Cancelled
 from sagewan.model import block
+from sagewan.model.attention import Attention
 from sagewan.pipeline.build import build
 from sagewan.pipeline.conditions import Conditions, encode
 from sagewan.pipeline.decode import decode, decode_batch
@@ -207,7 +208,13 @@ def test_keys_and_values_of_the_texts_are_computed_once(
         return compute(attn, text)
 
     monkeypatch.setattr(block, "text_keys", counted)
+    turns: list[Any] = []
+    during = Attention.during
+    monkeypatch.setattr(
+        Attention, "during", lambda self, turn: turns.append(turn) or during(self, turn)
+    )
     kept = latents_of(plan)
+    assert [turn.known for turn in turns] == [{}]
     layers, texts = 2, 2
     # Each expert has its own.
     assert len(computed) == layers * texts * plan.model.experts

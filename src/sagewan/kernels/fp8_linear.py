@@ -4,6 +4,8 @@ A block holds a whole row in its registers: it is read once, its largest value f
 once. For 8.9 and newer, whose hardware converts to e4m3. NaN and infinities become NaN.
 """
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +21,7 @@ _GELU_1 = tl.constexpr(-2.302208198144325)
 _GELU_3 = tl.constexpr(-0.10294324)
 
 
+@cache
 def cut(columns: int) -> tuple[int, int, Schedule]:
     """How a block holds a row: up to eight parts of a power of two of columns, so that few lanes
     lie beyond its end; their number, their size, and a thread for eight columns of a part."""

@@ -61,7 +61,10 @@ class FusedBlock:
         block, attn = self.block, self.block.attn1
         cos, sin = rotary
         found: list[Tensor] = []
-        parts = chunks(hidden.shape[1], self.attention.turn.chunk)
+        # Where all heads are attended at once there is room for more than all tokens' inputs, and
+        # what the products give is Q, K and V themselves.
+        turn = self.attention.turn
+        parts = chunks(hidden.shape[1], None if turn.heads is None else turn.chunk)
         if len(parts) > 1:
             found = [hidden.new_empty(by_heads(hidden, attn)) for _ in range(3)]
         for start, stop in parts:

@@ -216,7 +216,7 @@ def told_as_rejected(kept: Path, report: Path) -> None:
 def test_nan_of_exact_attention_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Launcher, "attend", lambda self, q, k, v, choice: q * float("nan"))
+    monkeypatch.setattr(Launcher, "attend", lambda self, q, *_, **__: q * float("nan"))
     with pytest.raises(RejectedError, match="at step 1 of 4"):
         generate(small(tmp_path))
     assert not (tmp_path / "ball.mp4").exists()
@@ -225,8 +225,8 @@ def test_nan_of_exact_attention_is_rejected(
 def test_the_run_is_repeated_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attend = Launcher.attend
 
-    def spoilt(self: Launcher, q: torch.Tensor, *rest: object) -> torch.Tensor:
-        return attend(self, q, *rest) * float("nan")  # type: ignore[arg-type]
+    def spoilt(self: Launcher, q: torch.Tensor, *rest: object, **options: object) -> torch.Tensor:
+        return attend(self, q, *rest, **options) * float("nan")  # type: ignore[arg-type]
 
     monkeypatch.setattr(Launcher, "attend", spoilt)
     events: list[Event] = []
@@ -338,12 +338,12 @@ def test_cancel_ends_within_one_block(tmp_path: Path, monkeypatch: pytest.Monkey
     attend = Launcher.attend
     calls = 0
 
-    def counted(self: Launcher, *args: object) -> torch.Tensor:
+    def counted(self: Launcher, *args: object, **options: object) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
             watch.cancel()
-        return attend(self, *args)  # type: ignore[arg-type]
+        return attend(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Launcher, "attend", counted)
     watch = Watch()
@@ -392,7 +392,7 @@ def test_out_of_memory_is_one_sentence(
 
 
 def test_memory_can_really_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Launcher, "attend", lambda *_: torch.empty(1 << 60))
+    monkeypatch.setattr(Launcher, "attend", lambda *_, **__: torch.empty(1 << 60))
     with pytest.raises(
         UnsupportedError, match=r"the host ran out of memory in denoising \(RuntimeError: .*"
     ):

@@ -118,6 +118,8 @@ def execute(prepared: Prepared, watch: Watch, *, session: "Session | None" = Non
     Raises as :func:`generate`."""
     from sagewan.pipeline.libraries import import_libraries
 
+    watch.planned(prepared.plan)
+    watch.stage("load")
     import_libraries()
     from sagewan.attention.launch import is_out_of_memory
     from sagewan.attention.resolve import one_line
@@ -142,10 +144,8 @@ def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     from sagewan.pipeline.recover import LatentsRejectedError, Recovery
 
     plan = prepared.plan
-    watch.planned(plan)
     launcher = Launcher()
     start_measuring(plan.device)
-    watch.stage("load")
     components = build(plan, launcher, session, watch)
     watch.stage("encode")
     recovery = Recovery(prepared.decision, components, watch)

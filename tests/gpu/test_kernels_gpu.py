@@ -25,7 +25,7 @@ KERNEL_ERROR = {
 }
 
 
-HOPPER = ("sageattn_hopper", "sageattn_3_fp8_hopper")
+HOPPER = ("sageattn_hopper", "sageattn_3_hopper", "sageattn_3_fp8_hopper")
 
 
 @pytest.fixture(params=[*bench.OURS, *HOPPER])
@@ -96,6 +96,8 @@ def test_kernel_is_its_emulation(
     blocks: dict[str, object] = {"block_n": step}
     if name == "sageattn_hopper":
         blocks = {"block_m": 64, "block_n": 128, "keys_per_scale": 64}
+    elif name == "sageattn_3_hopper":
+        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64}
     elif name == "sageattn_3_fp8_hopper":
         blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "rounded_sums": True}
     # The emulation rounds its output too: compared before that, in float32.

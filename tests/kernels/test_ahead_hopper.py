@@ -11,13 +11,20 @@ import torch
 import triton
 
 from sagewan.kernels import hopper_attention
+from sagewan.kernels.hopper_attention import Form
 
 pytest.importorskip(
     "cuda.bindings.nvrtc", reason="needs NVIDIA's compiler, which has no macOS build"
 )
 from sagewan.kernels.nvrtc import Compiled, CudaError, compile_source
 
-FORMATS = (torch.float8_e4m3fn, torch.bfloat16, torch.float16)
+FORMS = (
+    Form(torch.float8_e4m3fn),
+    Form(torch.bfloat16),
+    Form(torch.float16),
+    Form(torch.bfloat16, key_scales=True),
+    Form(torch.float16, key_scales=True),
+)
 PRODUCT = {
     torch.float8_e4m3fn: "QGMMA.64x136x32.F32.E4M3.E4M3",
     torch.bfloat16: "HGMMA.64x128x16.F32.BF16",
@@ -26,16 +33,16 @@ PRODUCT = {
 
 
 @cache
-def built(dtype: torch.dtype) -> Compiled:
-    return compile_source(hopper_attention.SOURCE, "sm_90a", hopper_attention.defines(dtype))
+def built(form: Form) -> Compiled:
+    return compile_source(hopper_attention.SOURCE, "sm_90a", form.defines())
 
 
 @cache
-def instructions(dtype: torch.dtype, folder: Path) -> tuple[str, ...]:
+def instructions(form: Form, folder: Path) -> tuple[str, ...]:
     """The kernel's machine code, an instruction a line, as Triton's own disassembler prints it."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     file = folder / "kernel.cubin"
-    file.write_bytes(built(dtype).code)
+    file.write_bytes(built(form).code)
     program = str(tool) if tool.exists() else shutil.which("cuobjdump")
     if program is None:
         pytest.skip("no disassembler")
@@ -43,32 +50,34 @@ def instructions(dtype: torch.dtype, folder: Path) -> tuple[str, ...]:
     return tuple(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?);", printed.stdout, re.MULTILINE))
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_both_products_are_hopper_s_own(dtype: torch.dtype, tmp_path: Path) -> None:
-    code = instructions(dtype, tmp_path)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_both_products_are_hopper_s_own(form: Form, tmp_path: Path) -> None:
+    code = instructions(form, tmp_path)
     products = [line for line in code if "MMA" in line]
     assert any("IGMMA.64x128x32.S8.S8" in line for line in products)
-    assert any(PRODUCT[dtype] in line for line in products)
+    assert any(PRODUCT[form.v_dtype] in line for line in products)
     # A product in any other form would be a slow path.
-    assert all("IGMMA.64x128x32.S8.S8" in line or PRODUCT[dtype] in line for line in products)
+    assert all(
+        "IGMMA.64x128x32.S8.S8" in line or PRODUCT[form.v_dtype] in line for line in products
+    )
     assert sum("MUFU.EX2" in line for line in code) > 32
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 def test_products_are_not_serialised_and_nothing_spills_among_them(
-    dtype: torch.dtype, tmp_path: Path
+    form: Form, tmp_path: Path
 ) -> None:
-    assert "wgmma" not in built(dtype).log, built(dtype).log
-    code = instructions(dtype, tmp_path)
+    assert "wgmma" not in built(form).log, built(form).log
+    code = instructions(form, tmp_path)
     places = [i for i, line in enumerate(code) if "GMMA" in line]
     loop = code[places[4] : places[-1]]  # behind the first Q·Kᵀ: the loop over the keys
     assert not [line for line in loop if re.search(r"\b(LDL|STL)\b", line)]
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_shared_memory_fits_the_architecture(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_shared_memory_fits_the_architecture(form: Form) -> None:
     # The source asserts that the launcher counts it right; 227 KB is what a block may have.
-    assert hopper_attention.shared_bytes(dtype) <= 227 * 1024
-    wrong = {**hopper_attention.defines(dtype), "SHARED_BYTES": 1024}
+    assert form.shared_bytes <= 227 * 1024
+    wrong = {**form.defines(), "SHARED_BYTES": 1024}
     with pytest.raises(CudaError, match="the launcher asks for what this takes"):
         compile_source(hopper_attention.SOURCE, "sm_90a", wrong)

@@ -76,11 +76,15 @@ def test_a_package_that_knows_no_blocks_says_so() -> None:
 
 def test_auto_takes_a_kernel_that_leaves_out_blocks_rather_than_gather_them() -> None:
     waiting = plan_of(attention="auto").attention
-    assert [row.name for row in waiting.unproven] == ["sagewan.sageattn_3"]
-    test = SelfTest(implementation="sagewan.sageattn_3", error=0.002, limit=0.015, milliseconds=9.0)
+    ours = ["sagewan.sageattn_3_hopper", "sagewan.sageattn_3"]
+    assert [row.name for row in waiting.unproven] == ours
+    tests = [
+        SelfTest(implementation=name, error=0.002, limit=0.015, milliseconds=9.0) for name in ours
+    ]
     request = Request(prompt="a red ball", attention="auto", sparsity=RADIAL)
-    proven = make_plan(request, WAN_14B, HOPPER, Evidence().with_test(test))
-    assert proven.attention.main.row.name == "sagewan.sageattn_3"
+    evidence = Evidence().with_test(tests[0]).with_test(tests[1])
+    proven = make_plan(request, WAN_14B, HOPPER, evidence)
+    assert proven.attention.main.row.name == "sagewan.sageattn_3_hopper"
     on_cpu = make_plan(request, DEMO, machine(), Evidence())
     assert on_cpu.attention.main.row.name == "sagewan.sdpa_blocks"
 

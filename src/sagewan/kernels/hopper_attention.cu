@@ -6,7 +6,9 @@
 // Scores stay integers until the exponential. The accumulator of Q·Kᵀ starts at the bits of
 // 1.5·2²³ as a float, plus the key's bias counted in the score's own units: the integer sum is then,
 // read as a float, 1.5·2²³ + score, and the conversion, the bias and the scale cost one
-// multiply-add in the exponent. Their order as integers is their order as floats.
+// multiply-add in the exponent. Their order as integers is their order as floats. With KEY_SCALES,
+// a scale for each key, they become powers of two before their maxima are taken, by a multiply-add
+// for each.
 //
 // What a thread holds: of its warpgroup's 64 rows the two rows 16·warp + lane/4 and 8 below, called
 // here row 0 and 1; of each 8 columns the two that begin at 2·(lane % 4).
@@ -34,13 +36,19 @@ constexpr int ONES_BYTES = FP8 ? 8 * KEYS : 0;
 constexpr int V_BYTES = KEYS * CHANNELS * (FP8 ? 1 : 2);
 constexpr int Q_BYTES = ROWS * CHANNELS;
 constexpr int SUMS = FP8 ? 68 : 64;  // accumulators of P·V a thread
+// The FP8 product adds in 14 bits: after so many steps its sums go to the output, in float32.
+constexpr int STEPS_OF_SUMS = 4;
+// Where P's products begin with half of the keys, while the other half's exponentials are made.
+constexpr bool IN_HALVES = !FP8 && !KEY_SCALES;
 
 struct __align__(1024) Shared {
     char q[WARPGROUPS][Q_BYTES];
     char k[STAGES][K_BYTES];
     char v[STAGES][V_BYTES + ONES_BYTES];
     int4 start[STAGES][WARPGROUPS][KEYS / 2];  // where the scores of two keys start, twice
-    float2 factor[STAGES][WARPGROUPS];         // of a score, for each half of the keys
+    // Of a score, for each half of the keys; with KEY_SCALES, see prepare().
+    float2 factor[STAGES][WARPGROUPS];
+    int4 base;  // where scores start that get their keys' bias later
     u64 q_full, k_full[STAGES], k_free[STAGES], v_full[STAGES], v_free[STAGES];
 };
 
@@ -53,7 +61,7 @@ struct __align__(64) TensorMap {
 struct Arguments {
     const float *q_scale;  // [B·H, count_padded], equal within ROWS; makes powers of two
     const float *q_dots;   // [B·H, count_padded], what the log-sum-exp lacks, or null
-    const float *k_scale;  // [B·Hk, keys_padded], equal within 64 keys
+    const float *k_scale;  // [B·Hk, keys_padded], equal within 64 keys unless KEY_SCALES
     const float *k_bias;   // [B·H, keys_padded], added to a key's scores, or null
     const float *v_scale;  // [B·Hk, CHANNELS], FP8 only
     const int *blocks;     // the blocks of keys to visit for each block of queries, or null
@@ -184,12 +192,12 @@ __device__ __forceinline__ void multiply_values(float (&t)[64], const u32 *p, u6
 #undef VALUES
 }
 
-template <bool ADD>
-__device__ __forceinline__ void multiply_values(float (&t)[68], const u32 *p, u64 v) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 " ACCUMULATOR_LIST
-                 ", %64, %65, %66, %67}, {%68, %69, %70, %71}, %72, %73, 1, 1;"
+__device__ __forceinline__ void multiply_values(float (&t)[68], const u32 *p, u64 v, int add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %73, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n136k32.f32.e4m3.e4m3 " ACCUMULATOR_LIST
+                 ", %64, %65, %66, %67}, {%68, %69, %70, %71}, %72, add, 1, 1;\n}"
                  : ALL(IN_OUT_FLOAT, t), "+f"(t[64]), "+f"(t[65]), "+f"(t[66]), "+f"(t[67])
-                 : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "n"(ADD ? 1 : 0));
+                 : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v), "r"(add));
 }
 
 __device__ __forceinline__ float exp2_of(float x) {
@@ -294,7 +302,9 @@ __device__ __forceinline__ void copy(Shared &shared, const Arguments &a, const T
 // ---- The preparing warp ------------------------------------------------------------------------
 
 // Where each key's scores start, and what a score is worth. Keys beyond the last start at minus
-// infinity: theirs are rows of zeros, so they stay there.
+// infinity: theirs are rows of zeros, so they stay there. With KEY_SCALES all start alike: for two
+// keys, what a score of each is multiplied by and what is added then; for all, how much that lifts
+// them above zero, and what is to be subtracted from scores first.
 __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int head, int key_head,
                                         const Visit &visit) {
     int lane = threadIdx.x % 32;
@@ -303,6 +313,39 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
     const float *q_scale = a.q_scale + i64(head) * a.count_padded;
     for (int step = 0; step < visit.steps; ++step) {
         int stage = step % STAGES, parity = step / STAGES & 1, key = visit[step] * KEYS + lane * 4;
+#if KEY_SCALES
+        float4 of_keys = *reinterpret_cast<const float4 *>(k_scale + key);
+        float4 added = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (bias) added = *reinterpret_cast<const float4 *>(bias + key);
+        float most = fmaxf(fmaxf(of_keys.x, of_keys.y), fmaxf(of_keys.z, of_keys.w));
+        float high = fmaxf(fmaxf(fabsf(added.x), fabsf(added.y)),
+                           fmaxf(fabsf(added.z), fabsf(added.w)));
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
+            high = fmaxf(high, __shfl_xor_sync(~0u, high, distance));
+        }
+        wait(shared.k_free[stage], parity ^ 1);
+#pragma unroll 1
+        for (int group = 0; group < WARPGROUPS; ++group) {
+            int row = min(int(blockIdx.x * WARPGROUPS + group) * ROWS, a.count_padded - ROWS);
+            float of_rows = q_scale[row];
+            // No score is below minus this: 127²·128 < 2²¹. Above zero, floats are in the order of
+            // their bits.
+            float lift = of_rows * most * 2097152.0f + high;
+            float base = of_rows * most > MOST_FACTOR ? 0.0f : BASE;
+            float4 *line = reinterpret_cast<float4 *>(&shared.start[stage][group][lane * 2]);
+            float x = of_rows * of_keys.x, y = of_rows * of_keys.y, none = __int_as_float(LOWEST);
+            float c = key < a.keys ? fmaf(-base, x, added.x + lift) : none;
+            float d = key + 1 < a.keys ? fmaf(-base, y, added.y + lift) : none;
+            line[0] = {x, y, c, d};
+            x = of_rows * of_keys.z, y = of_rows * of_keys.w;
+            c = key + 2 < a.keys ? fmaf(-base, x, added.z + lift) : none;
+            d = key + 3 < a.keys ? fmaf(-base, y, added.w + lift) : none;
+            line[1] = {x, y, c, d};
+            if (lane == 0) shared.factor[stage][group] = {lift, BASE - base};
+        }
+#else
         float of_keys = k_scale[key];  // a lane's four keys share it
         float4 added = {0.0f, 0.0f, 0.0f, 0.0f};
         if (bias) added = *reinterpret_cast<const float4 *>(bias + key);
@@ -321,6 +364,7 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
             if (lane == 0) shared.factor[stage][group].x = factor;
             if (lane == 16) shared.factor[stage][group].y = factor;
         }
+#endif
         __syncwarp();
         if (lane == 0) arrive(shared.k_full[stage]);
     }
@@ -331,12 +375,18 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
 // What a thread knows of its two rows.
 struct Rows {
     float highest[2];
-    float total[2];    // of this thread's columns, until the end
-    float rescale[2];  // what the step's new maximum leaves of earlier sums
-    float kept[2];     // the same of the step before, whose products are added late
+    float total[2];  // of this thread's columns, until the end
+    float kept[2];   // what maxima since the last addition to the output leave of it; FP8 only
 };
 
 __device__ __forceinline__ void start_scores(int *s, const int4 *starts, int eight) {
+#if KEY_SCALES
+    // All the same, but the compiler, if it knew, would copy registers instead.
+    asm volatile("ld.volatile.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(s[0]), "=r"(s[1]), "=r"(s[2]), "=r"(s[3])
+                 : "r"(address(starts)));
+    return;
+#endif
     int4 start = starts[eight * 4];
     s[0] = start.x;
     s[1] = start.y;
@@ -355,118 +405,154 @@ __device__ __forceinline__ void issue_scores(int (&s)[64], Shared &shared, int g
     commit();
 }
 
+// The products of P's `part` of 32 keys (16 in 16 bit); `add` is false where sums begin anew.
+template <int BEGIN, int END>
 __device__ __forceinline__ void issue_values(float (&t)[SUMS], const u32 *p, Shared &shared,
-                                             int stage) {
+                                             int stage, int add) {
     u64 v = FP8 ? descriptor(shared.v[stage]) : descriptor(shared.v[stage], V_BYTES / 2);
     pin(t);
     fence();
 #if V_FORMAT == 0
-    multiply_values<false>(t, p, v);
 #pragma unroll
-    for (int part = 1; part < KEYS / 32; ++part) {
-        multiply_values<true>(t, p + part * 4, v + part * 2);  // 32 keys are 32 bytes further
+    for (int part = BEGIN; part < END; ++part) {
+        multiply_values(t, p + part * 4, v + part * 2, part ? 1 : add);  // 32 keys are 32 bytes further
     }
 #else
 #pragma unroll
-    for (int part = 0; part < KEYS / 16; ++part) {
+    for (int part = BEGIN * 2; part < END * 2; ++part) {
         multiply_values(t, p + part * 4, v + part * 128);  // 16 keys are 16 rows further
     }
 #endif
     commit();
 }
 
-// The new maxima of the rows, and the exponent's constants.
-__device__ __forceinline__ void find_highest(int (&s)[64], const float2 factor,
-                                             float (&offset)[2][2], Rows &rows) {
-    float top[2];
+// The largest of a thread's scores in each of its rows, in powers of two. Leaves the scores as they
+// are, in the order of their bits; `base` is what they hold too much.
+__device__ __forceinline__ void find_largest(int (&s)[64], const float2 factor, float &base,
+                                             float (&largest)[2]) {
+    int most[2][2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        top[row] = rows.highest[row];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            int first = half * 32 + row * 2, most = max(s[first], s[first + 1]);
+            int first = half * 32 + row * 2;
+            most[row][half] = max(s[first], s[first + 1]);
 #pragma unroll
-            for (int i = first + 4; i < first + 32; i += 4) most = max(max(s[i], s[i + 1]), most);
-            float scaled = (__int_as_float(most) - BASE) * (half ? factor.y : factor.x);
-            top[row] = fmaxf(top[row], scaled);
+            for (int i = first + 4; i < first + 32; i += 4) {
+                most[row][half] = max(max(s[i], s[i + 1]), most[row][half]);
+            }
         }
+        largest[row] = fmaxf((__int_as_float(most[row][0]) - BASE) * factor.x,
+                             (__int_as_float(most[row][1]) - BASE) * factor.y);
     }
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-        float other[2];
-#pragma unroll
-        for (int row = 0; row < 2; ++row) other[row] = __shfl_xor_sync(~0u, top[row], distance);
-#pragma unroll
-        for (int row = 0; row < 2; ++row) top[row] = fmaxf(top[row], other[row]);
-    }
-    // Scores worth so much that the offset would be rounded: the base is taken off here, exactly.
-    float base = BASE;
+    // Scores worth so much that the exponent's offset would be rounded: the base is taken off here.
+    base = BASE;
     if (fmaxf(factor.x, factor.y) > MOST_FACTOR) {
         asm volatile("" ::: "memory");  // keeps it a branch
         base = 0.0f;
 #pragma unroll
         for (int i = 0; i < 64; ++i) s[i] = __float_as_int(__int_as_float(s[i]) - BASE);
     }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        rows.rescale[row] = exp2_of(rows.highest[row] - top[row]);
-        rows.highest[row] = top[row];
-        offset[row][0] = fmaf(-base, factor.x, LOG2_P_MAX - top[row]);
-        offset[row][1] = fmaf(-base, factor.y, LOG2_P_MAX - top[row]);
-    }
 }
 
+// The same where each key has a scale: the scores become powers of two, all above zero by `lift`.
+__device__ __forceinline__ void find_largest(int (&s)[64], const int4 *lines, const float2 factor,
+                                             float (&largest)[2]) {
+    if (factor.y != 0.0f) {
+        asm volatile("" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < 64; ++i) s[i] = __float_as_int(__int_as_float(s[i]) - BASE);
+    }
+    int most[2];
+#pragma unroll
+    for (int i = 0; i < 64; i += 4) {
+        float4 line = *reinterpret_cast<const float4 *>(lines + i);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            int *pair = s + i + row * 2;
+            pair[0] = __float_as_int(fmaf(__int_as_float(pair[0]), line.x, line.z));
+            pair[1] = __float_as_int(fmaf(__int_as_float(pair[1]), line.y, line.w));
+            most[row] = i ? max(max(pair[0], pair[1]), most[row]) : max(pair[0], pair[1]);
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) largest[row] = __int_as_float(most[row]) - factor.x;
+}
+
+// New maxima of the rows, and what is left of the sums that were taken with the old ones.
+__device__ __forceinline__ void raise(float (&largest)[2], Rows &rows, float (&sums)[SUMS]) {
+    float rescale[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) largest[row] = fmaxf(largest[row], rows.highest[row]);
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+        float other[2];
+#pragma unroll
+        for (int row = 0; row < 2; ++row) other[row] = __shfl_xor_sync(~0u, largest[row], distance);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) largest[row] = fmaxf(largest[row], other[row]);
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        rescale[row] = exp2_of(rows.highest[row] - largest[row]);
+        rows.highest[row] = largest[row];
+        if (FP8) rows.kept[row] *= rescale[row]; else rows.total[row] *= rescale[row];
+    }
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) sums[i] *= rescale[i / 2 % 2];
+}
+
+// The output takes in the sums of P·V, and the divisor those of P, from the channel of ones.
+__device__ __forceinline__ void take_in(float (&o)[64], const float (&t)[SUMS], Rows &rows) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) o[i] = fmaf(o[i], rows.kept[i / 2 % 2], t[i]);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        rows.total[row] = fmaf(rows.total[row], rows.kept[row], t[SUMS - 4 + row * 2]);
+        rows.kept[row] = 1.0f;
+    }
+}
 
 // x, but not before y is known: what follows is scheduled behind it.
 __device__ __forceinline__ float after(float x, float y, int zero) {
     return __int_as_float(__float_as_int(x) | (__float_as_int(y) & zero));
 }
 
-// The sums of P's rows, from the channel of ones, and what rescales the next step's.
-__device__ __forceinline__ void add_sums(const float (&t)[SUMS], Rows &rows) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        rows.total[row] = fmaf(rows.total[row], rows.kept[row], t[SUMS - 4 + row * 2]);
-        rows.kept[row] = rows.rescale[row];
-    }
-}
-
-// P of a step from its scores, eight of a row's keys at a time; meanwhile the output takes in the sums
-// of the step before, and the next step's scores start.
+// P from the scores of the keys from BEGIN to END, eight of a row's keys at a time; meanwhile the
+// next step's scores start.
 //
 // Exponentials have few units, so everything else is to be done between them. The assembler would
-// put all of them last, and await each; so each 16 keys, what is cheap waits by its data for
-// exponentials that were begun earlier.
-__device__ __forceinline__ void exponentials(int (&s)[64], float (&o)[64], float (&t)[SUMS], u32 *p,
-                                             float (&offset)[2][2], const float2 factor, Rows &rows,
-                                             const int4 *starts, int zero) {
-    // What rescales the output: by this step's maxima where products add to it, else the last's.
-    float(&by)[2] = FP8 ? rows.kept : rows.rescale;
+// put all of them last, and await each; so each eight keys wait, by their data, for exponentials
+// that were begun earlier.
+template <int BEGIN, int END>
+__device__ __forceinline__ void exponentials(int (&s)[64], u32 *p, float (&offset)[2][2],
+                                             const float2 factor, Rows &rows, const int4 *starts,
+                                             int zero) {
     float last[2], earlier[2];
 #pragma unroll
-    for (int i = 0; i < 64; i += 8) {
+    for (int i = BEGIN; i < END; i += 8) {
         int half = i / 32;
-        if (i && i % 16 == 0) {
+        if (FP8 && i > BEGIN) {
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                by[row] = after(by[row], last[row], zero);
                 offset[row][half] = after(offset[row][half], earlier[row], zero);
             }
-            offset[0][half] = after(offset[0][half], __int_as_float(s[i - 9]), zero);
         }
         float e[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             float score = __int_as_float(s[i + j]);
+#if KEY_SCALES
+            e[j] = exp2_of(score + offset[j / 2 % 2][half]);
+#else
             e[j] = exp2_of(fmaf(score, half ? factor.y : factor.x, offset[j / 2 % 2][half]));
+#endif
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            earlier[row] = i ? last[row] : 0.0f;
+            earlier[row] = i > BEGIN ? last[row] : 0.0f;
             last[row] = e[4 + row * 2];
         }
-#pragma unroll
-        for (int j = i; j < i + 8; ++j) o[j] = FP8 ? fmaf(o[j], by[j / 2 % 2], t[j]) : o[j] * by[j / 2 % 2];
         start_scores(s + i, starts, i / 4);
         start_scores(s + i + 4, starts, i / 4 + 1);
         if (FP8) {
@@ -475,15 +561,12 @@ __device__ __forceinline__ void exponentials(int (&s)[64], float (&o)[64], float
         } else {
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                float added = e[row * 2] + e[row * 2 + 1] + (e[row * 2 + 4] + e[row * 2 + 5]);
-                rows.total[row] = i ? rows.total[row] + added
-                                    : fmaf(rows.total[row], rows.rescale[row], added);
+                rows.total[row] += e[row * 2] + e[row * 2 + 1] + (e[row * 2 + 4] + e[row * 2 + 5]);
             }
 #pragma unroll
             for (int j = 0; j < 8; j += 2) p[i / 2 + j / 2] = two_halves(e[j], e[j + 1]);
         }
     }
-    if (FP8) add_sums(t, rows);
 }
 
 __device__ __forceinline__ void release(u64 &barrier, int lane) {
@@ -531,18 +614,25 @@ __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Ar
 
 __device__ __forceinline__ void compute(Shared &shared, const Arguments &a, int head, int key_head,
                                         const Visit &visit) {
-    // Hidden from the compiler, which would read the slow register of the thread's number anew.
+    // By a shuffle, or the assembler would read the slow register of the thread's number anew, and
+    // would not know that a warp's group is one.
     int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-    asm volatile("" : "+r"(group), "+r"(lane));
+    group = __shfl_sync(~0u, group, 0);
+    lane = __shfl_sync(~0u, lane, lane);
     int first_row = (blockIdx.x * WARPGROUPS + group) * ROWS;
     Rows rows;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         rows.highest[row] = __int_as_float(LOWEST);
-        rows.total[row] = rows.rescale[row] = rows.kept[row] = 0.0f;
+        rows.total[row] = 0.0f;
+        rows.kept[row] = 1.0f;
     }
     int s[64];
+#if V_FORMAT == 0
     float o[64] = {}, t[SUMS] = {};
+#else
+    float o[64] = {}, (&t)[64] = o;  // 16-bit products add exactly enough to stay in the output
+#endif
     u32 p[FP8 ? 16 : 32];
     float offset[2][2];
     const int4 *first_start = &shared.start[0][group][lane % 4];
@@ -550,7 +640,7 @@ __device__ __forceinline__ void compute(Shared &shared, const Arguments &a, int 
     if (!visit.steps) return store(o, rows, a, head, key_head, first_row);
     wait(shared.k_full[0], 0);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) start_scores(s + i * 4, first_start, i);
+    for (int i = 0; i < 16; ++i) start_scores(s + i * 4, KEY_SCALES ? &shared.base : first_start, i);
     float2 factor = shared.factor[0][group];
     issue_scores(s, shared, group, 0);
     wait_products<0>();
@@ -560,40 +650,64 @@ __device__ __forceinline__ void compute(Shared &shared, const Arguments &a, int 
         bool k_there = over(shared.k_full[next], next_parity);
         bool v_there = over(shared.v_full[stage], parity);
         pin(s);
+#if !KEY_SCALES
         release(shared.k_free[stage], lane);
-        find_highest(s, factor, offset, rows);
-        wait_products<0>();
-#if V_FORMAT == 0
-        pin(t);
-#else
-        pin(o);
 #endif
+        float largest[2], base;
+#if KEY_SCALES
+        find_largest(s, first_start + stage * (WARPGROUPS * KEYS / 2), factor, largest);
+        release(shared.k_free[stage], lane);
+#else
+        find_largest(s, factor, base, largest);
+#endif
+        wait_products<0>();
+        pin(t);
         if (step) release(shared.v_free[stage ? stage - 1 : STAGES - 1], lane);
+        if (__any_sync(~0u, largest[0] > rows.highest[0] || largest[1] > rows.highest[1])) {
+            raise(largest, rows, t);
+        }
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            float least = LOG2_P_MAX - rows.highest[row];
+#if KEY_SCALES
+            offset[row][0] = offset[row][1] = least - factor.x;
+#else
+            offset[row][0] = fmaf(-base, factor.x, least);
+            offset[row][1] = fmaf(-base, factor.y, least);
+#endif
+        }
+#if V_FORMAT == 0
+        if (step % STEPS_OF_SUMS == 0) {
+            asm volatile("" ::: "memory");
+            take_in(o, t, rows);
+        }
+#endif
         if (step + 1 < visit.steps && !k_there) wait(shared.k_full[next], next_parity);
         float2 following = shared.factor[next][group];
+#if KEY_SCALES
+        const int4 *starts = &shared.base;
+#else
         const int4 *starts = first_start + next * (WARPGROUPS * KEYS / 2);
-        exponentials(s, o, t, p, offset, factor, rows, starts, a.zero);
+#endif
+        if (!v_there) wait(shared.v_full[stage], parity);
+        int add = step % STEPS_OF_SUMS != 0;
+        exponentials<0, IN_HALVES ? 32 : 64>(s, p, offset, factor, rows, starts, a.zero);
+        if (IN_HALVES) {
+            issue_values<0, 2>(t, p, shared, stage, add);
+            exponentials<32, 64>(s, p, offset, factor, rows, starts, a.zero);
+        }
         factor = following;
         // After the last step these are products of stale bytes, which nothing reads.
         issue_scores(s, shared, group, next);
-        if (!v_there) wait(shared.v_full[stage], parity);
-#if V_FORMAT == 0
-        issue_values(t, p, shared, stage);
-#else
-        issue_values(o, p, shared, stage);
-#endif
+        issue_values<IN_HALVES ? 2 : 0, 4>(t, p, shared, stage, add);
         wait_products<1>();
         stage = next;
         parity = next_parity;
     }
     wait_products<0>();
-#if V_FORMAT == 0
     pin(t);
-#pragma unroll
-    for (int i = 0; i < 64; ++i) o[i] = fmaf(o[i], rows.kept[i / 2 % 2], t[i]);
-    add_sums(t, rows);
-#else
-    pin(o);
+#if V_FORMAT == 0
+    take_in(o, t, rows);
 #endif
     store(o, rows, a, head, key_head, first_row);
 }
@@ -605,6 +719,8 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     int head = blockIdx.y, key_head = head / a.shared;
     if (threadIdx.x == 0) {
+        int base = __float_as_int(BASE);
+        shared.base = {base, base, base, base};
         start_barrier(shared.q_full, 1);
         for (int stage = 0; stage < STAGES; ++stage) {
             start_barrier(shared.k_full[stage], 2);

@@ -1,14 +1,15 @@
 """Attention with INT8 Q·Kᵀ on Hopper (compute capability 9.0), in CUDA C++ compiled by NVRTC.
 
 The kernel is ``hopper_attention.cu``; this module prepares Q, K and V for it and launches it.
-:func:`sageattn` smooths K; :func:`sageattn_3_fp8` smooths Q and K, rotates both and multiplies P·V
-in FP8. A block of 64 rows shares a scale in either, because the kernel keeps scores as integers
-until the exponential; a scale for each token, as ``sageattn_3`` has it, would cost more there than
-it saves. Head sizes from 72 to 128, padded; no causal order, no dropout, no gradient. After
+:func:`sageattn` smooths K; :func:`sageattn_3` smooths Q and K, rotates both and gives a scale to
+each key; :func:`sageattn_3_fp8` does without the latter and multiplies P·V in FP8. Otherwise 64
+rows share a scale, because the kernel keeps scores as integers until the exponential. Head sizes
+from 72 to 128, padded; no causal order, no dropout, no gradient. After
 FlashAttention-3 (arXiv:2407.08608) and SageAttention2 (arXiv:2411.10958).
 """
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -38,37 +39,43 @@ _V_FORMATS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_BIAS = 2.0**21
 
 
-def defines(v_dtype: torch.dtype) -> dict[str, int]:
-    """What the kernel's source is compiled with for a format of V."""
-    v_format = _V_FORMATS[v_dtype]
-    return {
-        "V_FORMAT": v_format,
-        "WARPGROUPS": _WARPGROUPS,
-        "STAGES": _stages(v_dtype),
-        "SHARED_BYTES": shared_bytes(v_dtype),
-    }
+@dataclass(frozen=True)
+class Form:
+    """One form of the kernel: V's format, and whether each key has a scale, else ROWS_PER_SCALE
+    keys together, as the rows of Q."""
 
+    v_dtype: torch.dtype
+    key_scales: bool = False
 
-def _stages(v_dtype: torch.dtype) -> int:
-    return 3 if v_dtype.itemsize == 2 else 4
+    @property
+    def stages(self) -> int:
+        return 3 if self.v_dtype.itemsize == 2 else 4
 
+    @property
+    def shared_bytes(self) -> int:
+        """The kernel's ``Shared``: its tiles, where scores start, and barriers."""
+        k_tile = _KEYS * CHANNELS
+        v_tile = k_tile * self.v_dtype.itemsize + (8 * _KEYS if self.v_dtype.itemsize == 1 else 0)
+        starts = _WARPGROUPS * (_KEYS * 8 + 8)
+        total = _ROWS * CHANNELS + self.stages * (k_tile + v_tile + starts)
+        total += 16 + 8 * (1 + 4 * self.stages)
+        return -(-total // 1024) * 1024
 
-def shared_bytes(v_dtype: torch.dtype) -> int:
-    """The kernel's ``Shared``: its tiles, where scores start, and barriers."""
-    stages = _stages(v_dtype)
-    k_tile = _KEYS * CHANNELS
-    v_tile = k_tile * v_dtype.itemsize + (8 * _KEYS if v_dtype.itemsize == 1 else 0)
-    starts = _WARPGROUPS * (_KEYS * 8 + 8)
-    barriers = 8 * (1 + 4 * stages)
-    total = _ROWS * CHANNELS + stages * (k_tile + v_tile + starts) + barriers
-    return -(-total // 1024) * 1024
+    def defines(self) -> dict[str, int]:
+        """What the kernel's source is compiled with."""
+        return {
+            "V_FORMAT": _V_FORMATS[self.v_dtype],
+            "KEY_SCALES": int(self.key_scales),
+            "WARPGROUPS": _WARPGROUPS,
+            "STAGES": self.stages,
+            "SHARED_BYTES": self.shared_bytes,
+        }
 
 
 @cache
-def _kernel(device: int, v_dtype: torch.dtype) -> Kernel:
-    bytes_ = shared_bytes(v_dtype)
+def _kernel(device: int, form: Form) -> Kernel:
     with torch.cuda.device(device):
-        return Kernel(SOURCE, "attention", "sm_90a", defines(v_dtype), shared_bytes=bytes_)
+        return Kernel(SOURCE, "attention", "sm_90a", form.defines(), shared_bytes=form.shared_bytes)
 
 
 def sageattn(
@@ -90,6 +97,19 @@ def sageattn(
     return _sageattn(q, k, v, scale, return_lse, block_mask)
 
 
+def sageattn_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    block_mask: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`sageattn`, with Q smoothed too, both rotated, and a scale for each key."""
+    return _sageattn_3(q, k, v, scale, return_lse, block_mask)
+
+
 def sageattn_3_fp8(
     q: Tensor,
     k: Tensor,
@@ -99,7 +119,7 @@ def sageattn_3_fp8(
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As :func:`sageattn`, with Q smoothed too, both rotated, and P·V in FP8."""
+    """As :func:`sageattn_3`, but for a scale of 64 keys, and P·V in FP8."""
     return _sageattn_3_fp8(q, k, v, scale, return_lse, block_mask)
 
 
@@ -124,6 +144,21 @@ def prepare_sageattn(
     return _prepared(q, k, queries, keys, _copyable(v))
 
 
+def prepare_sageattn_3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    k_mean: Tensor | None = None,
+    with_lse: bool = False,
+) -> Prepared[Rows, Tensor]:
+    """The first half of :func:`sageattn_3`; arguments as :func:`prepare_sageattn`'s."""
+    _check(q, k, v)
+    queries, keys = _smoothed(q, k, scale, k_mean, with_lse=with_lse, key_scales=True)
+    return _prepared(q, k, queries, keys, _copyable(v))
+
+
 def prepare_sageattn_3_fp8(
     q: Tensor,
     k: Tensor,
@@ -135,15 +170,41 @@ def prepare_sageattn_3_fp8(
 ) -> Prepared[Rows, Columns]:
     """The first half of :func:`sageattn_3_fp8`; arguments as :func:`prepare_sageattn`'s."""
     _check(q, k, v)
+    # The longest first: while it runs, the small ones are launched.
+    columns = e4m3_columns(v, E4M3_MAX)
+    queries, keys = _smoothed(q, k, scale, k_mean, with_lse=with_lse, key_scales=False)
+    return _prepared(q, k, queries, keys, columns)
+
+
+def _smoothed(
+    q: Tensor,
+    k: Tensor,
+    scale: float | None,
+    k_mean: Tensor | None,
+    *,
+    with_lse: bool,
+    key_scales: bool,
+) -> tuple[Rows, Rows]:
+    """Q and K smoothed and rotated."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
-    for_keys = Recipe(block=ROWS_PER_SCALE, rotate=True, dot_factor=scale * LOG2E, smooth_dots=True)
+    for_keys = Recipe(
+        block=ROWS_PER_SCALE,
+        per_token=key_scales,
+        rotate=True,
+        dot_factor=scale * LOG2E,
+        smooth_dots=True,
+    )
     keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
     recipe = Recipe(block=ROWS_PER_SCALE, rotate=True, factor=scale * LOG2E, dot_factor=scale)
     queries = int8_rows(
-        q, recipe, minus=q_mean, other=k_mean if with_lse else None, lowest=_lowest_scale(keys)
+        q,
+        recipe,
+        minus=q_mean,
+        other=k_mean if with_lse else None,
+        lowest=None if key_scales else _lowest_scale(keys),
     )
-    return _prepared(q, k, queries, keys, e4m3_columns(v, E4M3_MAX))
+    return queries, keys
 
 
 def _lowest_scale(keys: Rows) -> Tensor:
@@ -205,7 +266,7 @@ def attend(
     return_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The second half of both modes; arguments as
+    """The second half of the three modes; arguments as
     :func:`sagewan.kernels.int8_attention.attend`'s."""
     q, k = prepared.q, prepared.k
     columns = prepared.v if isinstance(prepared.v, Columns) else None
@@ -244,11 +305,13 @@ def attend(
         if columns
         else tensor_map(v, (1, 1, _KEYS, 64)),
     )
-    kernel = _kernel(out.device.index, v.dtype)
+    form = Form(v.dtype, key_scales=k.rows_per_scale < ROWS_PER_SCALE)
+    kernel = _kernel(out.device.index, form)
     with torch.cuda.device(out.device):
         kernel.launch((-(-count // _ROWS), batch * heads), _THREADS, maps, arguments)
     return out if lse is None else (out, lse)
 
 
 _sageattn = operator("sageattn_hopper", prepare_sageattn, attend)
+_sageattn_3 = operator("sageattn_3_hopper", prepare_sageattn_3, attend)
 _sageattn_3_fp8 = operator("sageattn_3_fp8_hopper", prepare_sageattn_3_fp8, attend)

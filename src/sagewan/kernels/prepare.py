@@ -114,6 +114,7 @@ def int8_rows(
     rows = Rows(
         data=x.new_empty(batch, heads, padded, block, dtype=torch.int8),
         scale=x.new_empty(batch, heads, padded, dtype=torch.float32),
+        rows_per_scale=1 if recipe.per_token else recipe.block,
         dots=dots,
     )
     arguments = {

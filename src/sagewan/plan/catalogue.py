@@ -6,6 +6,7 @@ position, and everything else by keyword.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.objection import Objection
@@ -105,7 +106,19 @@ CUDA_BINDINGS = "cuda-bindings"
 NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")
 
 _OUR_HEAD_DIMS = tuple(range(8, 257, 8))
-_HOPPER_HEAD_DIMS = tuple(range(72, 129, 8))
+# What our kernels in CUDA C++ have in common.
+_HOPPER: dict[str, Any] = {
+    "lse_option": "return_lse",
+    "block_mask": "block_mask",
+    "sms": (90,),
+    "head_dims": tuple(range(72, 129, 8)),
+    "package": CUDA_BINDINGS,
+    "versions": ("12.8", "14"),
+    "install": "pip install cuda-bindings nvidia-cuda-nvrtc",
+    "systems": ("Linux", "Windows"),
+    "grouped_heads": True,
+    "log_sum_exp": True,
+}
 _FP4_HEAD_DIMS = tuple(range(8, 256, 8))
 
 ROWS: tuple[Implementation, ...] = (
@@ -189,16 +202,7 @@ ROWS: tuple[Implementation, ...] = (
         call="sagewan.kernels.hopper_attention:sageattn",
         qk="int8 per block",
         pv="16 bit",
-        lse_option="return_lse",
-        block_mask="block_mask",
-        sms=(90,),
-        head_dims=_HOPPER_HEAD_DIMS,
-        package=CUDA_BINDINGS,
-        versions=("12.8", "14"),
-        install="pip install cuda-bindings nvidia-cuda-nvrtc",
-        systems=("Linux", "Windows"),
-        grouped_heads=True,
-        log_sum_exp=True,
+        **_HOPPER,
     ),
     Implementation(
         name="sagewan.sageattn",
@@ -282,6 +286,14 @@ ROWS: tuple[Implementation, ...] = (
         grouped_heads=True,
     ),
     Implementation(
+        name="sagewan.sageattn_3_hopper",
+        mode="sageattn_3",
+        call="sagewan.kernels.hopper_attention:sageattn_3",
+        qk="int8 per key",
+        pv="16 bit",
+        **_HOPPER,
+    ),
+    Implementation(
         name="sagewan.sageattn_3",
         mode="sageattn_3",
         call="sagewan.kernels.int8_attention:sageattn_3",
@@ -304,16 +316,7 @@ ROWS: tuple[Implementation, ...] = (
         call="sagewan.kernels.hopper_attention:sageattn_3_fp8",
         qk="int8 per block",
         pv="fp8 e4m3",
-        lse_option="return_lse",
-        block_mask="block_mask",
-        sms=(90,),
-        head_dims=_HOPPER_HEAD_DIMS,
-        package=CUDA_BINDINGS,
-        versions=("12.8", "14"),
-        install="pip install cuda-bindings nvidia-cuda-nvrtc",
-        systems=("Linux", "Windows"),
-        grouped_heads=True,
-        log_sum_exp=True,
+        **_HOPPER,
     ),
     Implementation(
         name="sagewan.sageattn_3_fp8",

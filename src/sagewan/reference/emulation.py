@@ -105,12 +105,14 @@ def sageattn_3(
     scale: float | None = None,
     block_m: int = 128,
     block_n: int = 64,
+    rows_per_scale: int = 1,
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Result:
-    """Finely scaled INT8 Q·Kᵀ, Q and K smoothed and rotated, 16-bit P·V."""
+    """Finely scaled INT8 Q·Kᵀ, Q and K smoothed and rotated, 16-bit P·V. ``rows_per_scale`` rows
+    of Q share a scale; each key has its own."""
     scaled, sixteen = _scale(q, scale), _sixteen_bit(q)
-    operands = _fine_int8(scaled, k, sixteen(v), block_m)
+    operands = _fine_int8(scaled, k, sixteen(v), block_m, (rows_per_scale, 1))
     result = _online_softmax(operands, sixteen, _Walk(block_m, block_n, block_mask))
     return _finish(q, k, scaled, result, return_lse)
 
@@ -132,7 +134,7 @@ def sageattn_3_fp8(
     times 448 and V scaled per channel. ``rounded_sums`` divides by the sums of P as rounded."""
     scaled = _scale(q, scale)
     values = formats.e4m3_per_channel(v).value()
-    operands = _fine_int8(scaled, k, values, block_m, rows_per_scale)
+    operands = _fine_int8(scaled, k, values, block_m, (rows_per_scale, rows_per_scale))
     sums = _p_e4m3 if rounded_sums else None
     walk = _Walk(block_m, block_n, block_mask)
     result = _online_softmax(operands, _p_e4m3, walk, round_sum=sums)
@@ -173,13 +175,14 @@ def _nvfp4_columns(v: Tensor) -> Tensor:
 
 
 def _fine_int8(
-    scaled: Tensor, k: Tensor, v: Tensor, block_m: int, rows_per_scale: int = 1
+    scaled: Tensor, k: Tensor, v: Tensor, block_m: int, rows_per_scale: tuple[int, int]
 ) -> _Prepared:
+    """``rows_per_scale`` of Q and of K."""
     smooth, rotated = formats.rotate(_minus_mean(k)), formats.rotate(scaled)
     q_mean = rotated.mean(-2, keepdim=True)
     return _Prepared(
-        q=formats.int8(rotated - q_mean, rows_per_scale).value(),
-        k=formats.int8(smooth, rows_per_scale).value(),
+        q=formats.int8(rotated - q_mean, rows_per_scale[0]).value(),
+        k=formats.int8(smooth, rows_per_scale[1]).value(),
         v=v,
         k_exact=smooth,
         q_means=q_mean.expand(-1, -1, -(-rotated.shape[-2] // block_m), -1),

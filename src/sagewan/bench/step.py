@@ -22,6 +22,8 @@ from sagewan.bench.stages import by_stage, kernels_of
 from sagewan.plan.speed import RATES, Rate, card_of
 
 ROUNDS = 5
+# How many of a layer's kernels are told, and how much of a name.
+_KERNELS, _NAME = 20, 100
 _GUIDED = 2  # passes of a step: with the prompt, and without
 
 
@@ -30,8 +32,8 @@ class Measured:
     """One contestant. ``layer_ms`` is of one block, ``ends_ms`` of all that is outside the blocks;
     ``of_floor`` the share of the time that the arithmetic would take at the listed rates;
     ``extra_bytes`` the memory of a pass beyond the weights, of which a block has ``block_bytes``;
-    ``stages`` the milliseconds of a layer. None where that can't be known. ``wrong`` says why it
-    was not timed."""
+    ``stages`` the milliseconds of a layer, ``kernels`` those of its longest. None where that can't
+    be known. ``wrong`` says why it was not timed."""
 
     name: str
     weights: str
@@ -189,8 +191,10 @@ def _profiled(found: Measured, one: Contestant, inputs: Mapping[str, Tensor]) ->
     whole = kernels_of(lambda: one.predict(inputs))
     ends = kernels_of(lambda: one.ends(inputs))
     own = {name: spent - ends.get(name, 0.0) for name, spent in whole.items()}
-    most = dict(sorted(own.items(), key=lambda pair: -pair[1])[:20])
-    return replace(found, stages=by_stage(own.items()), kernels=most)
+    most = sorted(own.items(), key=lambda pair: -pair[1])[:_KERNELS]
+    # Names that compilers make can be thousands of characters long.
+    kernels = {name[:_NAME]: spent for name, spent in most}
+    return replace(found, stages=by_stage(own.items()), kernels=kernels)
 
 
 def _compared(results: Sequence[Measured]) -> Iterator[Measured]:

@@ -4,15 +4,17 @@
 
 Random weights at the published widths for the times, each held to the first way (float32, as
 diffusers keeps it) before it is timed; and the demo model's trained VAE for what a format costs in
-the picture: PSNR over the bytes of a clip that is encoded and decoded again.
+the picture: PSNR over the bytes of a clip that is encoded and decoded again. And what is gained
+where frames are written while the next are decoded.
 """
 
 import argparse
 import json
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,9 @@ from torch import Tensor
 from sagewan.checkpoint.find import find_model
 from sagewan.model.vae import decode_pieces, encode
 from sagewan.pipeline.build import load_vae
-from sagewan.pipeline.decode import frame_bytes
+from sagewan.pipeline.decode import frame_bytes, streamed
+from sagewan.pipeline.export import write_video
+from sagewan.pipeline.guard import FrameGuard
 from tests.published import VAES
 
 MODELS = {"2.1": "wan2.1-t2v-14b", "2.2": "wan2.2-ti2v-5b"}
@@ -174,6 +178,41 @@ def pictures(device: str) -> list[dict[str, Any]]:
     return found
 
 
+def writing(arguments: argparse.Namespace, device: str) -> dict[str, float]:
+    """Seconds to decode, to write the mp4 of those frames, and both: one after the other, and as a
+    run does, where the GPU decodes the next piece meanwhile."""
+    rows, columns = SIZES[arguments.size]
+    way = WAYS[3]
+    vae = laid_out(random_vae(arguments.vae, device), way)
+    channels, factor = vae.config.z_dim, vae.config.scale_factor_spatial // 8
+    count = (arguments.frames - 1) // 4 + 1
+    latents = torch.randn(1, channels, count, rows // factor, columns // factor, device=device)
+    size = (columns * 8, rows * 8)
+
+    def frames(ahead: int) -> Iterator[Any]:
+        ready = latents.to(way.dtype)
+        return streamed(decode_pieces(ready, vae), size, FrameGuard(), ahead=ahead)
+
+    def spent(run: Callable[[], Any]) -> float:
+        wait()
+        begin = time.perf_counter()
+        run()
+        wait()
+        return time.perf_counter() - begin
+
+    whole = [frame.copy() for frame in frames(0)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.mp4"
+        found = {
+            "decode": spent(lambda: list(frames(0))),
+            "write": spent(lambda: write_video(path, whole, fps=16)),
+            "one after the other": spent(lambda: write_video(path, frames(0), fps=16)),
+            "as a run": spent(lambda: write_video(path, frames(1), fps=16)),
+        }
+    print(", ".join(f"{name} {value:.2f} s" for name, value in found.items()), flush=True)
+    return found
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -193,6 +232,7 @@ def main() -> None:
         "size": arguments.size,
         "frames": arguments.frames,
         "pictures": pictures(device),
+        "writing": writing(arguments, device),
         "times": times(arguments, device),
     }
     if arguments.json:

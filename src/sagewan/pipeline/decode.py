@@ -38,12 +38,19 @@ def decode(
         ready = _ready(latents, vae)
         if plan.memory.decode_tile is None:
             pieces = decode_pieces(ready, vae, plan.decoding.at_once)
-            sent = (_sent(piece, plan.size) for piece in pieces)
-            for frames in _ahead(sent, int(plan.device.is_cuda)):
-                yield from frames.taken(guard)
+            yield from streamed(pieces, plan.size, guard, ahead=int(plan.device.is_cuda))
             return
         whole = _whole_frames(ready, vae, plan, guard)
     yield from _cropped(whole, plan.size)[0].numpy()
+
+
+def streamed(
+    pieces: Iterator[Tensor], size: tuple[int, int], guard: FrameGuard, *, ahead: int
+) -> "Iterator[NDArray[np.uint8]]":
+    """The frames [height, width, 3] of pieces [1, 3, f, H, W], one by one, while ``ahead`` more
+    pieces are under way."""
+    for frames in _ahead((_sent(piece, size) for piece in pieces), ahead):
+        yield from frames.taken(guard)
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,13 @@ def key_blocks(mask: Tensor, *, batch: int, heads: int, queries: int, keys: int)
         )
     whole = keys // BLOCK
     inner = mask[..., :whole]
-    order = inner.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices
+    # Each block to its place in the list, those that are skipped to one beyond it: no sort.
+    places = inner.cumsum(-1).sub_(1).masked_fill_(~inner, whole)
+    blocks = torch.arange(whole, dtype=torch.int32, device=mask.device).expand_as(places)
+    lists = blocks.new_zeros(*places.shape[:-1], whole + 1).scatter_(-1, places, blocks)
     tails = mask[..., whole] if keys % BLOCK else mask.new_zeros(mask.shape[:3])
     return KeyBlocks(
-        indices=order.to(torch.int32).contiguous(),
+        indices=lists[..., :whole].contiguous(),
         counts=inner.sum(-1, dtype=torch.int32),
         tails=tails.to(torch.int32).contiguous(),
     )

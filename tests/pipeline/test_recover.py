@@ -94,8 +94,8 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "the feed-forward of the second step": (Block, "_feed_forward", 6),
     "guidance": (denoise._Forward, "_predict", 2),
     "loading the VAE": (Part, "_place", 3),
-    "the first piece of the video": (decode, "_bytes", 1),
-    "the second piece of the video": (decode, "_bytes", 2),
+    "the first piece of the video": (decode, "frame_bytes", 1),
+    "the second piece of the video": (decode, "frame_bytes", 2),
 }
 
 
@@ -249,7 +249,7 @@ def test_a_part_that_fails_on_its_way_to_the_device_is_loaded_again(
             saved = {name: value.clone() for name, value in module.state_dict().items()}
         part.close()
         with monkeypatch.context() as patch:
-            patch.setattr(DirectMover, "place", Failing(DirectMover.place, 9))
+            patch.setattr(DirectMover, "place", Failing(DirectMover.place, 1))
             with pytest.raises(torch.cuda.OutOfMemoryError), part.on("cpu"):
                 pass
         where = Place(device="cpu", swapped=1, pin_budget=PLENTY)

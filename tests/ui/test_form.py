@@ -20,7 +20,7 @@ from sagewan.ui import uploads
 from sagewan.ui.door import owner_of
 from sagewan.ui.form import PARTS, names, request_of, values_of
 from sagewan.ui.uploads import kept_picture, uploads_folder
-from sagewan.ui.views import fallback_notes
+from sagewan.ui.views import fallback_notes, left_out
 from sagewan.ui.words import Words
 
 # gradio leaves an event loop open for each page it makes: in a process of its own.
@@ -247,3 +247,17 @@ def test_a_chain_of_fallbacks_with_one_reason_is_one_sentence() -> None:
     first, second = fallback_notes(steps, Words("en"))
     assert first == "a gave way to c: needs an NVIDIA GPU, and X is not one"
     assert second == "c gave way to d: its result stopped being finite at step 3"
+
+
+def test_what_was_left_out_stands_under_the_video_in_both_languages() -> None:
+    report = {
+        "attention": {"sparsity": {"requested": "radial:0.75", "skipped": 0.49}},
+        "cache": {"requested": "easy:0.05", "reused": 10, "forwards": 32, "steps": [6, 8]},
+    }
+    assert list(left_out(report, Words("en"))) == [
+        "Sparsity radial:0.75: 49% of the blocks of keys left out",
+        "Step cache easy:0.05: 10 of 32 forward passes reused",
+    ]
+    assert "49%" in next(left_out(report, Words("zh")))
+    assert list(left_out({"attention": {"sparsity": None}, "cache": None}, Words("en"))) == []
+    assert list(left_out({}, Words("en"))) == []

@@ -131,13 +131,13 @@ def _notes(job: Job, words: Words) -> list[str]:
     return [
         *fallback_notes(steps, words),
         *fallback_notes(report.get("blocks", {}).get("fallbacks", []), words),
-        *_left_out(report, words),
+        *left_out(report, words),
         *(words.sentence(note) for note in plan.get("notes", [])),
         *(words.sentence(note) for note in report.get("memory", {}).get("notes", [])),
     ]
 
 
-def _left_out(report: Mapping[str, Any], words: Words) -> Iterator[str]:
+def left_out(report: Mapping[str, Any], words: Words) -> Iterator[str]:
     """What sparsity and a step cache left out."""
     if sparsity := report.get("attention", {}).get("sparsity"):
         share = f"{sparsity['skipped']:.0%}"

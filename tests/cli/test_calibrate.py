@@ -18,3 +18,5 @@ def test_it_says_what_was_measured_and_what_a_cache_would_reuse(
     refused = sagewan("plan", *words, "--steps", "7", "--cache", "mag:0.9")
     assert refused.code == 2
     assert "run sagewan calibrate --model demo --steps 7" in refused.err
+    elsewhere = sagewan("plan", *words, "--steps", "7", "--cache", "mag:0.9", "--gpu", "h100")
+    assert "for sagewan calibrate to measure" in " ".join(elsewhere.out.split())

@@ -29,6 +29,14 @@ COMMANDS = {
 }
 
 
+class _Help(argparse.HelpFormatter):
+    """Argparse's, with room for the longest command: it forgets that commands are indented."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        self._action_max_length = max(self._action_max_length, 4 + max(map(len, COMMANDS)))
+
+
 class Parser(argparse.ArgumentParser):
     """Argparse whose complaint is a RequestError like any other: one sentence."""
 
@@ -66,6 +74,7 @@ def _run(argv: list[str]) -> int:
         epilog="exit codes: 0 done, 1 unexpected, 2 the request is wrong, 3 this machine can't do "
         "it (under --strict, or out of memory), 4 the result was rejected, 130 cancelled",
         allow_abbrev=False,
+        formatter_class=_Help,
     )
     parser.add_argument("--version", action="version", version=f"sagewan {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -82,10 +82,14 @@ def stored_evidence(plan: Plan, hardware: Hardware) -> Evidence:
     """What earlier runs have learnt about the problem and the device of this plan."""
     from sagewan.attention.cache import load_evidence
 
-    evidence = load_evidence(plan.device, hardware, plan.attention.problem)
-    if plan.cache and plan.cache.keeps_residuals:
-        evidence = replace(evidence, magnitudes=load_magnitudes(plan))
-    return evidence
+    return with_magnitudes(load_evidence(plan.device, hardware, plan.attention.problem), plan)
+
+
+def with_magnitudes(evidence: Evidence, plan: Plan) -> Evidence:
+    """Evidence that also holds what the plan's step cache goes by, if that was measured."""
+    if plan.cache is None or not plan.cache.keeps_residuals:
+        return evidence
+    return replace(evidence, magnitudes=load_magnitudes(plan))
 
 
 def check_calibrated(plan: Plan) -> None:

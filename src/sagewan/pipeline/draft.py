@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from sagewan.pipeline.decide import check_calibrated, stored_evidence
+from sagewan.pipeline.decide import check_calibrated, stored_evidence, with_magnitudes
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.models import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
@@ -31,8 +31,10 @@ def draft_plan(request: Request, hardware: Hardware, *, real: bool = True) -> Pl
     request = _with_picture(request, model)
     loras = find_loras(request.lora, model)
     plan = make_plan(request, model, hardware, Evidence(), loras)
+    # What was measured of the model holds on any hardware.
+    evidence = stored_evidence(plan, hardware) if real else with_magnitudes(Evidence(), plan)
+    plan = make_plan(request, model, hardware, evidence, loras)
     if real:
-        plan = make_plan(request, model, hardware, stored_evidence(plan, hardware), loras)
         check_calibrated(plan)
     return plan
 

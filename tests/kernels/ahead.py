@@ -19,6 +19,7 @@ from sagewan.kernels import (
     fp4_attention,
     fp8_attention,
     fp8_linear,
+    hopper_prepare,
     int8_attention,
     nvfp4_unpack,
     prepare,
@@ -58,6 +59,7 @@ _LAUNCHERS: tuple[Any, ...] = (
     nvfp4_unpack,
     thin_linear,
     token_rows,
+    hopper_prepare,
 )
 _DIVISIBLE = [["tt.divisibility", 16]]
 

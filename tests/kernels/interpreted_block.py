@@ -14,8 +14,9 @@ from sagewan.attention.launch import Launcher
 from sagewan.checkpoint.packed import Packed
 from sagewan.checkpoint.quantize import pack
 from sagewan.errors import ShapeError
-from sagewan.kernels import fp8_linear, token_rows
+from sagewan.kernels import fp8_linear, hopper_prepare, token_rows
 from sagewan.kernels.fp8_rows import Fp8Rows
+from sagewan.kernels.hopper_prepare import Position
 from sagewan.kernels.token_rows import Norm, Residual
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.block import Block
@@ -105,6 +106,25 @@ def test_q_is_normalised_over_all_heads_and_rotated(heads: int) -> None:
     assert near(out, turned, 1e-3)
     token_rows.norm_and_rotate(x, x, weight, 1e-6, None)
     assert near(x, exact, 1e-3)
+
+
+@pytest.mark.parametrize("tokens", [70, 8195])
+def test_the_mean_of_what_projections_become(tokens: int) -> None:
+    x = random(2, tokens, 1, 128).half() if tokens < 100 else random(1, tokens, 1, 128).half()
+    weight, angles = random(128, seed=1), random(1, tokens, 1, 64, seed=2)
+    cos, sin = (f(angles).repeat_interleave(2, -1) for f in (torch.cos, torch.sin))
+    position = Position(weight=weight, eps=1e-6, cos=cos, sin=sin)
+    # One program a row takes the interpreter long.
+    factors = (x.float().square().mean((2, 3)) + 1e-6).rsqrt()
+    if tokens < 100:
+        assert torch.allclose(hopper_prepare.row_factors(x, 1e-6), factors, rtol=1e-5)
+    exact = x.float() * factors[:, :, None, None] * weight.view(1, 1, 1, 128)
+    even, odd = exact[..., 0::2], exact[..., 1::2]
+    turn = torch.polar(torch.ones_like(angles), angles)
+    turned = torch.view_as_real(torch.complex(even, odd) * turn).flatten(-2)
+    expected = turned[:, :: 7 if tokens > 100 else 1].mean(1)
+    found = hopper_prepare.turned_mean(x, factors, position)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_gelu_before_the_rounding() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from sagewan.kernels import fp8_linear, nvfp4_unpack, thin_linear, token_rows
+from sagewan.kernels import fp8_linear, hopper_prepare, nvfp4_unpack, thin_linear, token_rows
 from sagewan.kernels.fp8_rows import Fp8Rows
+from sagewan.kernels.hopper_prepare import Position
 from sagewan.kernels.token_rows import Norm, Residual
 from sagewan.plan.linear import LINEAR_ROWS
 from tests.kernels.ahead import SHARED_MEMORY, build, record
@@ -26,6 +27,7 @@ SHAPE = (5120, 5120)
 ONE_ROW = empty(5120, dtype=torch.float32)
 HIDDEN, VECTORS = empty(1, 40, 5120), empty(1, 6, 5120, dtype=torch.float32)
 HEADS, ANGLES = empty(1, 40, 40, 128), empty(1, 40, 1, 128, dtype=torch.float32)
+POSITION = Position(weight=BIAS, eps=1e-6, cos=ANGLES, sin=ANGLES)
 NORM = Norm(eps=1e-6, shift=VECTORS[:, 0], scale=VECTORS[:, 1])
 ROWS_8 = Fp8Rows(
     empty(1, 40, 5120, dtype=torch.float8_e4m3fn), empty(1, 40, 1, dtype=torch.float32)
@@ -60,6 +62,11 @@ LAUNCHERS: dict[str, tuple[str, Callable[[], Any]]] = {
         "torch.fp8_rows",
         lambda: token_rows.add_and_norm(HIDDEN, Norm(eps=None), ROWS_8, Residual(y=HIDDEN)),
     ),
+    "factors": ("sagewan.hopper", lambda: hopper_prepare.row_factors(HEADS, 1e-6)),
+    "turned_mean": (
+        "sagewan.hopper",
+        lambda: hopper_prepare.turned_mean(HEADS, ONE_ROW.view(1, -1)[:, :40], POSITION),
+    ),
     "rms": (
         "sagewan.nvfp4_unpacked",
         lambda: token_rows.norm_and_rotate(HEADS, HEADS, BIAS, 1e-6, None),
@@ -82,7 +89,7 @@ LAUNCHERS: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: thin_linear.thin_nvfp4(X[:2], DATA, SCALE, ONE, SHAPE, None),
     ),
 }
-SMS = {row.name: row.sms for row in LINEAR_ROWS}
+SMS = {row.name: row.sms for row in LINEAR_ROWS} | {"sagewan.hopper": (90,)}
 CELLS = [(name, sm) for name, (row, _) in LAUNCHERS.items() for sm in (80, 89, 90, 100, 120)
          if sm in SMS[row]]  # fmt: skip
 

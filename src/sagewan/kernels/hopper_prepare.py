@@ -1,0 +1,233 @@
+"""Q and K as the products give them → the form of ``sageattn_3_fp8`` on Hopper (9.0), in one pass.
+
+RMS norm over all heads, rotary positions, smoothing, rotation and INT8: 16 bit is read, 8 bit
+written, nothing between. What a row is to be divided by, and the mean that is taken off, are found
+before, in a pass that writes nothing else and one over a sample of the tokens. The kernel is
+``hopper_prepare.cu``; the two before are Triton. Heads of 128 channels.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sagewan.errors import ShapeError
+from sagewan.kernels.fp8_linear import cut, load_part
+from sagewan.kernels.launch import VARYING, Schedule, launch
+from sagewan.kernels.nvrtc import Kernel
+from sagewan.kernels.prepare import SAMPLED_FROM, Recipe
+from sagewan.kernels.prepared import PADDING, Rows
+
+SOURCE = "hopper_prepare.cu"
+CHANNELS = 128
+_ROWS, _THREADS = 64, 256
+# Heads of a block of threads, which share the positions' table and the norm's factors.
+_GROUP = 10
+_EVERY = 7
+_SAMPLE_ROWS, _SAMPLES = 32, 32
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """What a projection [B, N, H, D] still lacks: x / √(mean of squares over H and D + eps) ·
+    weight [H·D], and its rotary positions: cos and sin float32 [1, N, 1, D]."""
+
+    weight: Tensor
+    eps: float
+    cos: Tensor
+    sin: Tensor
+
+
+class _Arguments(ctypes.Structure):
+    """``Arguments`` of the kernel."""
+
+    _fields_ = (
+        *((name, _P) for name in ("x", "factors", "weight", "cos", "sin", "minus", "other")),
+        *((name, _P) for name in ("lowest", "data", "scales", "dots")),
+        *((name, _L) for name in ("x_b", "x_n", "x_h")),
+        ("factor", _F),
+        ("dot_factor", _F),
+        *((name, _I) for name in ("heads", "group", "groups", "count", "padded", "smooth_dots")),
+    )
+
+
+def defines(dtype: torch.dtype) -> dict[str, int]:
+    """What the kernel's source is compiled with."""
+    return {"HALF": int(dtype == torch.float16), "NORM": 1}
+
+
+@cache
+def _kernel(device: int, dtype: torch.dtype) -> Kernel:
+    with torch.cuda.device(device):
+        return Kernel(SOURCE, "prepare", "sm_90a", defines(dtype), shared_bytes=0)
+
+
+def row_factors(x: Tensor, eps: float) -> Tensor:
+    """x [B, N, H, D], rows without gaps → 1 / √(mean of squares + eps) of each row, [B, N]."""
+    batch, tokens, heads, size = x.shape
+    _check(x)
+    factors = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
+    parts, block, schedule = cut(heads * size)
+    arguments = {
+        "x": x,
+        "x_b": x.stride(0),
+        "factors": factors,
+        "tokens": tokens,
+        "eps": eps,
+        "COLUMNS": heads * size,
+        "PARTS": parts,
+        "BLOCK": block,
+    }
+    launch(_factors_kernel, (tokens, batch), x.device, arguments, schedule)
+    return factors
+
+
+def turned_mean(x: Tensor, factors: Tensor, position: Position) -> Tensor:
+    """The mean over N of what x [B, N, H, D] becomes, [B, H, D] float32; of a long sequence, of
+    every seventh token."""
+    batch, tokens, heads, size = x.shape
+    _check(x)
+    every = _EVERY if tokens >= SAMPLED_FROM else 1
+    count = triton.cdiv(tokens, every)
+    samples = min(_SAMPLES, triton.cdiv(count, _SAMPLE_ROWS))
+    partial = torch.empty(batch, heads, samples, size, dtype=torch.float32, device=x.device)
+    arguments = {
+        "x": x,
+        "x_b": x.stride(0),
+        "factors": factors,
+        "weight": position.weight,
+        "cos": position.cos,
+        "sin": position.sin,
+        "partial": partial,
+        "heads": heads,
+        "count": tokens,
+        "chunk": triton.cdiv(triton.cdiv(count, samples), _SAMPLE_ROWS) * _SAMPLE_ROWS,
+        "EVERY": every,
+        "BLOCK_R": _SAMPLE_ROWS,
+        "SIZE": size,
+    }
+    launch(_mean_kernel, (samples, batch * heads), x.device, arguments, Schedule(warps=4))
+    return partial.sum(2).div_(count)
+
+
+def int8_rows(
+    x: Tensor,
+    factors: Tensor,
+    position: Position,
+    recipe: Recipe,
+    *,
+    minus: Tensor,
+    other: Tensor | None = None,
+    lowest: Tensor | None = None,
+) -> Rows:
+    """As :func:`sagewan.kernels.prepare.int8_rows` of the rows that x [B, N, H, D] becomes, in the
+    recipe's factors: rotated, 64 rows to a scale."""
+    batch, tokens, heads, size = x.shape
+    _check(x)
+    padded = triton.cdiv(tokens, PADDING) * PADDING
+    dots = None if other is None else x.new_empty(batch, heads, padded, dtype=torch.float32)
+    rows = Rows(
+        data=x.new_empty(batch, heads, padded, size, dtype=torch.int8),
+        scale=x.new_empty(batch, heads, padded, dtype=torch.float32),
+        dots=dots,
+    )
+    groups = triton.cdiv(heads, _GROUP)
+    weight = position.weight.float()
+
+    def pointer(value: Tensor | None) -> int:
+        return 0 if value is None else int(value.data_ptr())
+
+    arguments = _Arguments(
+        x=pointer(x),
+        factors=pointer(factors),
+        weight=pointer(weight),
+        cos=pointer(position.cos),
+        sin=pointer(position.sin),
+        minus=pointer(minus),
+        other=pointer(other),
+        lowest=pointer(lowest),
+        data=pointer(rows.data),
+        scales=pointer(rows.scale),
+        dots=pointer(dots),
+        x_b=x.stride(0),
+        x_n=x.stride(1),
+        x_h=x.stride(2),
+        factor=recipe.factor,
+        dot_factor=recipe.dot_factor,
+        heads=heads,
+        group=_GROUP,
+        groups=groups,
+        count=tokens,
+        padded=padded,
+        smooth_dots=int(recipe.smooth_dots),
+    )
+    with torch.cuda.device(x.device):
+        kernel = _kernel(x.device.index, x.dtype)
+        kernel.launch((padded // _ROWS, batch * groups), _THREADS, (), arguments)
+    return rows
+
+
+def _check(x: Tensor) -> None:
+    _, tokens, heads, size = x.shape
+    if (
+        size != CHANNELS
+        or x.stride()[2:] != (size, 1)
+        or (tokens > 1 and x.stride(1) != heads * size)
+    ):
+        raise ShapeError(f"{list(x.shape)} in strides {x.stride()}: give rows of heads of 128")
+
+
+@triton.jit(do_not_specialize=("tokens",))
+def _factors_kernel(
+    x, x_b,  # [B, N, H·D]
+    factors,  # [B, N] float32
+    tokens, eps,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    batch = tl.program_id(1).to(tl.int64)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        loaded = load_part(x + batch * x_b + token * COLUMNS, part, COLUMNS, BLOCK, True)
+        squares += loaded * loaded
+    factor = tl.rsqrt(tl.sum(squares, 0) / COLUMNS + eps)
+    tl.store(factors + batch * tokens + token, factor)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def _mean_kernel(
+    x, x_b,  # [B, N, H, D]
+    factors,  # [B, N] float32
+    weight,  # [H·D]
+    cos, sin,  # [N, D] float32
+    partial,  # [B·H, samples, D] float32
+    heads, count, chunk,
+    EVERY: tl.constexpr, BLOCK_R: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1) % heads
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    channels = tl.arange(0, SIZE)[None, :]
+    pair = 2 * tl.arange(0, SIZE // 2)[None, :]
+    weights = tl.load(weight + head * SIZE + channels).to(tl.float32)
+    even_total = tl.zeros((BLOCK_R, SIZE // 2), tl.float32)
+    odd_total = tl.zeros((BLOCK_R, SIZE // 2), tl.float32)
+    start = tl.program_id(0) * chunk
+    for sample in range(start, tl.minimum(start + chunk, (count + EVERY - 1) // EVERY), BLOCK_R):
+        token = ((sample + tl.arange(0, BLOCK_R)) * EVERY).to(tl.int64)[:, None]
+        inside = (token < count) & (token >= start * EVERY) & (token < (start + chunk) * EVERY)
+        factor = tl.load(factors + batch * count + token, mask=inside, other=0.0)
+        place = x + batch * x_b + (token * heads + head) * SIZE + channels
+        values = tl.load(place, mask=inside & (channels < SIZE), other=0.0).to(tl.float32)
+        even, odd = tl.split((values * factor * weights).reshape(BLOCK_R, SIZE // 2, 2))
+        turn_cos = tl.load(cos + token * SIZE + pair, mask=inside & (pair < SIZE), other=0.0)
+        turn_sin = tl.load(sin + token * SIZE + pair + 1, mask=inside & (pair < SIZE), other=0.0)
+        even_total += even * turn_cos - odd * turn_sin
+        odd_total += even * turn_sin + odd * turn_cos
+    total = tl.join(tl.sum(even_total, 0), tl.sum(odd_total, 0)).reshape(SIZE)
+    place = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * SIZE
+    tl.store(partial + place + tl.arange(0, SIZE), total)

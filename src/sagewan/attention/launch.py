@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from sagewan.attention.resolve import Function, ImplementationError, load, name_of, one_line
+from sagewan.kernels.prepared import Prepared
 from sagewan.plan.attention import Choice
 from sagewan.plan.catalogue import Implementation
 from sagewan.plan.objection import Objection
@@ -65,6 +67,32 @@ class Launcher:
         running out of memory as it comes. Inputs are not changed.
         """
         return self._run(choice.row, (q, k, v), scale, with_lse=False, block_mask=block_mask)[0]
+
+    def attend_prepared(
+        self,
+        prepared: Prepared[Any, Any],
+        out: Tensor,
+        choice: Choice,
+        *,
+        block_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`attend`, by the second half of the row's function alone: Q, K and V are
+        prepared already, for it. Written to out [B, H, N, D], any strides."""
+        row = choice.row
+        # Both halves are of one module.
+        half = replace(row, call=f"{row.call.partition(':')[0]}:attend")
+        function = self._functions.get(half.call) or load(half)
+        self._functions[half.call] = function
+        try:
+            with torch.cuda.device_of(out):
+                function(prepared, block_mask=block_mask, out=out)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise failed(row, error) from error
+        self._masked += block_mask is not None
+        self._calls[row.mode, name_of(function, half), None] += 1
+        return out
 
     def attend_with_lse(
         self, q: Tensor, k: Tensor, v: Tensor, choice: Choice, *, scale: float | None = None

@@ -202,12 +202,12 @@ def _smoothed(
         recipe,
         minus=q_mean,
         other=k_mean if with_lse else None,
-        lowest=None if key_scales else _lowest_scale(keys),
+        lowest=None if key_scales else lowest_scale(keys),
     )
     return queries, keys
 
 
-def _lowest_scale(keys: Rows) -> Tensor:
+def lowest_scale(keys: Rows) -> Tensor:
     """[B, H] float32: with smaller scales of Q, a key's bias would not fit beside its scores."""
     assert keys.dots is not None
     batch, heads, count = keys.dots.shape

@@ -147,11 +147,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2)
         load_row(vector, a.minus + place * CHANNELS, q);
         float dot = 0.0f;
         if (a.other) {
-            float seen[32];
-            load_row(seen, a.other + place * CHANNELS, q);
+            const float *seen = a.other + place * CHANNELS + 8 * q;
+            float smooth = a.smooth_dots ? 1.0f : 0.0f;
 #pragma unroll
-            for (int i = 0; i < 32; ++i)
-                dot = fmaf(a.smooth_dots ? v[i] - vector[i] : v[i], seen[i], dot);
+            for (int i = 0; i < 32; i += 4) {
+                float4 o = *reinterpret_cast<const float4 *>(seen + 4 * (i & ~7) + (i & 7));
+                dot = fmaf(fmaf(-smooth, vector[i], v[i]), o.x, dot);
+                dot = fmaf(fmaf(-smooth, vector[i + 1], v[i + 1]), o.y, dot);
+                dot = fmaf(fmaf(-smooth, vector[i + 2], v[i + 2]), o.z, dot);
+                dot = fmaf(fmaf(-smooth, vector[i + 3], v[i + 3]), o.w, dot);
+            }
             dot += __shfl_xor_sync(~0u, dot, 1);
             dot += __shfl_xor_sync(~0u, dot, 2);
         }

@@ -16,14 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sagewan.errors import ShapeError
+from sagewan.kernels.fp8_attention import E4M3_MAX
 from sagewan.kernels.fp8_linear import cut, load_part
+from sagewan.kernels.hopper_attention import CHANNELS, lowest_scale
+from sagewan.kernels.int8_attention import LOG2E
 from sagewan.kernels.launch import VARYING, Schedule, launch
 from sagewan.kernels.nvrtc import Kernel
-from sagewan.kernels.prepare import SAMPLED_FROM, Recipe
-from sagewan.kernels.prepared import PADDING, Rows
+from sagewan.kernels.prepare import SAMPLED_FROM, Recipe, e4m3_columns
+from sagewan.kernels.prepared import PADDING, Columns, Prepared, Rows
 
 SOURCE = "hopper_prepare.cu"
-CHANNELS = 128
 _ROWS, _THREADS = 64, 256
 # Heads of a block of threads, which share the positions' table and the norm's factors.
 _GROUP = 10
@@ -65,6 +67,31 @@ def defines(dtype: torch.dtype) -> dict[str, int]:
 def _kernel(device: int, dtype: torch.dtype) -> Kernel:
     with torch.cuda.device(device):
         return Kernel(SOURCE, "prepare", "sm_90a", defines(dtype), shared_bytes=0)
+
+
+def prepare_projections(
+    q: Tensor, k: Tensor, v: Tensor, for_q: Position, for_k: Position
+) -> Prepared[Rows, Columns]:
+    """q, k and v [B, N, H, D] as the products give them, rows without gaps → what
+    :func:`sagewan.kernels.hopper_attention.attend` takes, in the form and with the scales that
+    :func:`sagewan.kernels.hopper_attention.prepare_sageattn_3_fp8` gives them. Raises ShapeError
+    for other heads than of 128 channels."""
+    scale = q.shape[3] ** -0.5
+    q_factors, k_factors = row_factors(q, for_q.eps), row_factors(k, for_k.eps)
+    q_mean, k_mean = turned_mean(q, q_factors, for_q), turned_mean(k, k_factors, for_k)
+    recipe = Recipe(dot_factor=scale * LOG2E, smooth_dots=True)
+    keys = int8_rows(k, k_factors, for_k, recipe, minus=k_mean, other=q_mean)
+    recipe = Recipe(factor=scale * LOG2E)
+    queries = int8_rows(q, q_factors, for_q, recipe, minus=q_mean, lowest=lowest_scale(keys))
+    return Prepared(
+        q=queries,
+        k=keys,
+        v=e4m3_columns(v.transpose(1, 2), E4M3_MAX),
+        queries=q.shape[1],
+        keys=k.shape[1],
+        head_dim=q.shape[3],
+        dtype=q.dtype,
+    )
 
 
 def row_factors(x: Tensor, eps: float) -> Tensor:
@@ -129,6 +156,8 @@ def int8_rows(
     recipe's factors: rotated, 64 rows to a scale."""
     batch, tokens, heads, size = x.shape
     _check(x)
+    if not (position.cos.is_contiguous() and position.sin.is_contiguous()):
+        raise ShapeError("the table of positions has gaps: give it contiguous")
     padded = triton.cdiv(tokens, PADDING) * PADDING
     dots = None if other is None else x.new_empty(batch, heads, padded, dtype=torch.float32)
     rows = Rows(

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from sagewan.attention.launch import Launcher
+from sagewan.kernels.prepared import Prepared
 from sagewan.model.residuals import Residuals
 from sagewan.model.tiles import Tiles
-from sagewan.plan.attention import AttentionPlan
+from sagewan.plan.attention import AttentionPlan, Choice
 from sagewan.plan.sparsity import SparsityPlan
 
 # Of the text and, in Wan 2.1, of the picture before it: each [B, M, H, D].
@@ -86,9 +88,20 @@ class Attention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q, k, v [B, H, N, D] → [B, H, N, D], in the implementation planned for this layer."""
+        mask = self.turn.block_mask(layer)
+        return self._launcher.attend(q, k, v, self.choice(layer), block_mask=mask)
+
+    def attend_prepared(self, prepared: Prepared[Any, Any], out: Tensor, layer: int) -> Tensor:
+        """As :meth:`attend`, for the prepared form of the layer's implementation; written to out
+        [B, H, N, D]."""
+        mask = self.turn.block_mask(layer)
+        choice = self.choice(layer)
+        return self._launcher.attend_prepared(prepared, out, choice, block_mask=mask)
+
+    def choice(self, layer: int) -> Choice:
+        """What attends in this layer in the step under way."""
         turn = self.turn
-        choice = turn.plan.choice(turn.step, turn.steps, layer)
-        return self._launcher.attend(q, k, v, choice, block_mask=turn.block_mask(layer))
+        return turn.plan.choice(turn.step, turn.steps, layer)
 
     def keys_of_text(self, layer: int, compute: Callable[[], KeysValues]) -> KeysValues:
         """The keys and values of this pass's text in a layer, computed once where they are kept."""

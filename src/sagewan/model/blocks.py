@@ -70,7 +70,7 @@ class Passes:
     """Runs the kernels of a row between a block's products, and counts them by their functions."""
 
     def __init__(self, row: BlockRow, name: str, counts: Counter[tuple[str, str]]) -> None:
-        self._row, self._name, self._counts = row, name, counts
+        self.row, self._name, self._counts = row, name, counts
 
     def run(self, kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """What a kernel gives; what it raises is an ImplementationError, but for out of memory."""
@@ -79,6 +79,6 @@ class Passes:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise failed(self._row, error) from error
+            raise failed(self.row, error) from error
         self._counts[self._name, kernel.__name__] += 1
         return out

@@ -16,6 +16,7 @@ from torch.nn.functional import gelu
 
 from sagewan.kernels.fp8_linear import quantize_rows
 from sagewan.kernels.fp8_rows import Fp8Rows
+from sagewan.kernels.hopper_prepare import Position, prepare_projections
 from sagewan.kernels.token_rows import Norm, Residual, add_and_norm, norm_and_rotate
 from sagewan.model.attention import Attention
 from sagewan.model.block import (
@@ -71,15 +72,23 @@ class FusedBlock:
             chunk = _Chunk(hidden[:, start:stop], times.runs(start, stop))
             x = self._normed(chunk, block.norm1, (0, 1), (attn.to_q, attn.to_k, attn.to_v))
             here = cos[:, start:stop], sin[:, start:stop]
-            made = [heads_of(_product(p, x), attn) for p in (attn.to_q, attn.to_k, attn.to_v)]
+            q, k, v = (heads_of(_product(p, x), attn) for p in (attn.to_q, attn.to_k, attn.to_v))
             del x
-            found = found or made
+            if not found:
+                return self._attend(q, k, v, here)
             here_q, here_k, here_v = (whole[:, start:stop] for whole in found)
-            self._rotate(made[0], here_q, attn.norm_q, here)
-            self._rotate(made[1], here_k, attn.norm_k, here)
-            if found is not made:
-                here_v.copy_(made[2])
+            self._rotate(q, here_q, attn.norm_q, here)
+            self._rotate(k, here_k, attn.norm_k, here)
+            here_v.copy_(v)
         return attend_in_groups(self.attention, self.layer, *found)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+        """What the products of all tokens give, each [B, N, H, D] → their attention, the same; q
+        and k are overwritten."""
+        attn = self.block.attn1
+        self._rotate(q, q, attn.norm_q, rotary)
+        self._rotate(k, k, attn.norm_k, rotary)
+        return attend_in_groups(self.attention, self.layer, q, k, v)
 
     def _rotate(self, x: Tensor, out: Tensor, norm: Any, rotary: Rotary | None) -> None:
         self.passes.run(norm_and_rotate, x, out, norm.weight, norm.eps, rotary)
@@ -143,6 +152,25 @@ class FusedBlock:
                 added,
             )
         return out
+
+
+class HopperBlock(FusedBlock):
+    """The block whose Q and K become the attention kernel's 8-bit form in one pass, where that
+    kernel is the one that attends, to all heads at once."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+        choice, attn = self.attention.choice(self.layer), self.block.attn1
+        if choice.row.name != self.passes.row.prepares or self.attention.turn.heads is not None:
+            return super()._attend(q, k, v, rotary)
+        for_q, for_k = (
+            Position(weight=norm.weight, eps=norm.eps, cos=rotary[0], sin=rotary[1])
+            for norm in (attn.norm_q, attn.norm_k)
+        )
+        prepared = self.passes.run(prepare_projections, q, k, v, for_q, for_k)
+        # Nothing reads what the product gave any more.
+        return self.attention.attend_prepared(prepared, q.transpose(1, 2), self.layer).transpose(
+            1, 2
+        )
 
 
 @dataclass(frozen=True)

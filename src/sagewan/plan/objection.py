@@ -50,6 +50,7 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "policy-16-bit": "rounds its input too, and these layers are to multiply in 16 bit",
                 "rows": "is not the fastest for {found} rows",
                 "width": "takes rows of up to {needed} values, and the model's have {found}",
+                "other-attention": "prepares Q and K for {needed}, and {found} attends",
                 "sides": "takes matrices whose sides are multiples of {needed}",
                 "emulation-only": (
                     "this version can only emulate it (--emulate: exact arithmetic, slow)"
@@ -88,6 +89,7 @@ SENTENCES: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "policy-16-bit": "也会舍入输入，而这些层要以 16 位相乘",
                 "rows": "对 {found} 行来说不是最快的",
                 "width": "支持每行最多 {needed} 个数值，而模型的是 {found}",
+                "other-attention": "为 {needed} 准备 Q 和 K，而使用的是 {found}",
                 "sides": "接受边长为 {needed} 的倍数的矩阵",
                 "emulation-only": "这个版本只能模拟它（模拟：算术精确，但很慢）",
             }

@@ -148,7 +148,7 @@ def make_plan(
         steps=steps,
         attention=attention,
         weights=weights,
-        blocks=plan_blocks(model, dtype, device, hardware, evidence),
+        blocks=plan_blocks(model, attention, device, hardware, evidence),
         memory=memory,
         sparsity=sparsity,
         cache=cache,

@@ -27,7 +27,7 @@ from sagewan.model import matmul
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.block import Block
 from sagewan.model.blocks import Passes
-from sagewan.model.fused import FusedBlock
+from sagewan.model.fused import FusedBlock, HopperBlock
 from sagewan.model.linear import QuantLinear
 from sagewan.model.times import Modulation
 from sagewan.plan.attention import AttentionPlan, Choice
@@ -49,7 +49,8 @@ _PRODUCT = ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk", "dot_kernel"
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How the block runs. ``mode`` is a row of attention's; None is diffusers' own forward."""
+    """How the block runs. ``mode`` is a row of attention's; None is diffusers' own forward.
+    ``apart``: Q and K are normalised and turned before they are prepared."""
 
     name: str
     weights: str
@@ -57,6 +58,7 @@ class Way:
     fused: bool = False
     chunk: int | None = None
     heads: int | None = None
+    apart: bool = False
 
 
 FP8 = "sagewan.sageattn_3_fp8_hopper"
@@ -69,6 +71,7 @@ WAYS = (
     Way(name="fused fp8 2048x8", weights="fp8", mode=FP8, fused=True, chunk=2048, heads=8),
     Way(name="fused fp8 4096x8", weights="fp8", mode=FP8, fused=True, chunk=4096, heads=8),
     Way(name="fused fp8 8192", weights="fp8", mode=FP8, fused=True, chunk=8192),
+    Way(name="fused fp8, Q, K apart", weights="fp8", mode=FP8, fused=True, chunk=16384, apart=True),
     Way(name="fused fp8 16384", weights="fp8", mode=FP8, fused=True, chunk=16384),
     Way(name="fused fp8", weights="fp8", mode=FP8, fused=True),
 )
@@ -143,7 +146,9 @@ def runner(way: Way, blocks: dict[str, Any], inputs: Inputs) -> Callable[[Tensor
     turn = Turn(plan, 1, lambda: None, chunk=way.chunk, heads=way.heads, known={})
     forward: Any = Block(block, attention, 0)
     if way.fused:
-        forward = FusedBlock(block, attention, 0, Passes(BLOCK_ROWS[0], "fused", Counter()))
+        hopper = BLOCK_ROWS[0].prepares == way.mode and not way.apart
+        row, kind = (BLOCK_ROWS[0], HopperBlock) if hopper else (BLOCK_ROWS[1], FusedBlock)
+        forward = kind(block, attention, 0, Passes(row, "fused", Counter()))
 
     def run(hidden: Tensor) -> Tensor:
         times = Modulation(inputs.times.to(hidden.dtype).unsqueeze(1), (0, hidden.shape[1]))

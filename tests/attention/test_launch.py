@@ -304,3 +304,20 @@ def test_switching_a_backend_off_is_noticed_by_the_same_launcher() -> None:
         launcher.attend(q, k, v, choice(SDPA))
         assert torch_backend(q, k, v) == "math"
     assert [ran["torch_backend"] for ran in launcher.ran()] == ["flash", "math"]
+
+
+def test_what_is_prepared_already_is_attended_and_counted_as_its_row() -> None:
+    row = replace(row_named("torch.sdpa"), name="made.up", call="tests.attention.halves:whole")
+    choice, launcher = Choice("sdpa", row), Launcher()
+    q = torch.randn(1, 2, 5, 8)
+    out = torch.empty_like(q)
+    assert launcher.attend_prepared((q, q, q), out, choice) is out
+    assert torch.allclose(out, q.mean(2, keepdim=True).expand_as(q))
+    masked = launcher.attend_prepared((q, q, q), out, choice, block_mask=torch.ones(1, 1, 1, 1))
+    assert torch.allclose(masked, q[:, :, :1].expand_as(q))
+    launcher.attend(q, q, q, choice)
+    assert [(ran["implementation"], ran["calls"]) for ran in launcher.ran()] == [("made.up", 3)]
+    assert launcher.masked_calls == 1
+    with pytest.raises(ImplementationError, match="invalid argument"), launcher.whole():
+        launcher.attend_prepared(None, out, choice)
+    assert launcher.calls == 3

@@ -26,15 +26,21 @@ from sagewan.plan.request import Request
 from tests.pipeline.runs import difference
 
 pytestmark = pytest.mark.gpu
-FUSED, PLAIN = block_rows()
+HOPPER, FUSED, PLAIN = block_rows()
 MODES = ["sdpa", "sageattn", "sageattn_3", "sageattn_3_fp8"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_every_row_that_runs_here_passes_its_self_test(dtype: str, head_dim: int) -> None:
+    hardware, problem = probe(), Problem(head_dim=head_dim, dtype=dtype)
+    device = hardware.device("cuda")
     for row in block_rows():
-        test = self_test_block(row, probe().device("cuda"), Problem(head_dim=head_dim, dtype=dtype))
+        if head_dim not in (row.head_dims or (head_dim,)) or any(
+            row.needs(dtype, device, hardware)
+        ):
+            continue
+        test = self_test_block(row, device, problem)
         assert test.passed, test
 
 
@@ -63,7 +69,8 @@ def test_every_cell_is_as_near_as_the_plain_block(
     mode: str, quantization: str, swap: int, cfg: float
 ) -> None:
     plan = planned(attention=mode, quantization=quantization, block_swap=swap, cfg=cfg)
-    assert plan.blocks.row == FUSED
+    prepared = plan.attention.main.row.name == HOPPER.prepares
+    assert plan.blocks.row == (HOPPER if prepared else FUSED)
     exact = exact_latents(cfg)
     fused, ran = latents(plan)
     plain, _ = latents(replace(plan, blocks=BlockPlan(row=PLAIN)))
@@ -71,13 +78,14 @@ def test_every_cell_is_as_near_as_the_plain_block(
     # Two roundings of the same numbers, which differ by chance.
     assert error < 1.25 * usual + 1e-3, (error, usual)
     (row,) = ran
-    assert row["implementation"] == FUSED.name
+    assert row["implementation"] == plan.blocks.row.name
+    assert ("prepare_projections" in row["kernels"]) is prepared
 
 
 def test_the_fused_path_is_the_one_that_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned(quantization="fp8_scaled")  # Its self-test is over.
+    planned(attention="sdpa", quantization="fp8_scaled")  # Its self-test is over.
     launched: list[str] = []
     for module in (token_rows, fp8_linear):
         launch = module.launch
@@ -90,6 +98,7 @@ def test_the_fused_path_is_the_one_that_ran(
     request = Request(
         prompt="a red ball rolls to the right",
         output=tmp_path / "a.mp4",
+        attention="sdpa",
         quantization="fp8_scaled",
         steps=2,
         seed=1,

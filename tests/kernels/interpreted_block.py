@@ -18,10 +18,11 @@ from sagewan.kernels import fp8_linear, hopper_prepare, token_rows
 from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.kernels.hopper_prepare import Position
 from sagewan.kernels.token_rows import Norm, Residual
+from sagewan.model import fused
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.block import Block
 from sagewan.model.blocks import Passes
-from sagewan.model.fused import FusedBlock
+from sagewan.model.fused import FusedBlock, HopperBlock
 from sagewan.model.linear import QuantLinear
 from sagewan.model.times import Modulation
 from sagewan.plan.attention import AttentionPlan, Choice
@@ -191,7 +192,7 @@ def test_videos_of_one_batch_may_share_their_time() -> None:
     shared = Modulation(times.vectors[:1], times.bounds)
     each = Modulation(times.vectors[:1].expand(2, -1, -1, -1).contiguous(), times.bounds)
     attention = Attention(Launcher())
-    forward = FusedBlock(block, attention, 0, Passes(BLOCK_ROWS[0], "fused", Counter()))
+    forward = FusedBlock(block, attention, 0, Passes(BLOCK_ROWS[1], "fused", Counter()))
     with torch.inference_mode(), attention.during(Turn(PLAN, 1, lambda: None)):
         found, expected = (forward(hidden.clone(), text, t, rotary) for t in (shared, each))
     assert found.equal(expected)
@@ -218,7 +219,7 @@ def test_the_fused_block_is_as_near_as_the_block(
     hidden, text, times, rotary = inputs(pictures=pictures)
     attention = Attention(Launcher())
     kernels: Counter[tuple[str, str]] = Counter()
-    passes = Passes(BLOCK_ROWS[0], "fused", kernels)
+    passes = Passes(BLOCK_ROWS[1], "fused", kernels)
     with torch.inference_mode(), attention.during(Turn(PLAN, 1, lambda: None, **turn)):
         precise = Block(exact_block(block), attention, 0)
         expected = precise(hidden.float(), text.float(), times, rotary)
@@ -235,3 +236,45 @@ def test_the_fused_block_is_as_near_as_the_block(
         "norm_and_rotate": 3 * parts,
         **({"quantize_rows": parts} if fp8 else {}),
     }
+
+
+def test_only_the_attention_it_is_prepared_for_gets_q_and_k_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = small_block(fp8=False)
+    hidden, text, times, rotary = inputs(pictures=False)
+    attention, kernels = Attention(Launcher()), Counter[tuple[str, str]]()
+    forward = HopperBlock(block, attention, 0, Passes(BLOCK_ROWS[0], "hopper", kernels))
+    plain = Block(block, attention, 0)
+
+    def prepare_projections(q: Tensor, k: Tensor, v: Tensor, for_q: Any, for_k: Any) -> Any:
+        made = [torch.empty_like(x) for x in (q, k)]
+        for x, out, place in zip((q, k), made, (for_q, for_k), strict=True):
+            table = (place.cos, place.sin)
+            token_rows.norm_and_rotate(x, out, place.weight, place.eps, table)
+        return [x.transpose(1, 2) for x in (*made, v)]
+
+    def attend_prepared(self: Attention, prepared: Any, out: Tensor, layer: int) -> Tensor:
+        return out.copy_(F.scaled_dot_product_attention(*prepared))
+
+    monkeypatch.setattr(fused, "prepare_projections", prepare_projections)
+    monkeypatch.setattr(Attention, "attend_prepared", attend_prepared)
+    with torch.inference_mode(), attention.during(Turn(PLAN, 1, lambda: None)):
+        expected = plain(hidden.clone(), text, times, rotary)
+        for implementation in ("torch.sdpa", "sagewan.sageattn_3_fp8_hopper"):
+            kernels.clear()
+            choice = Choice("", row_named(implementation))
+            monkeypatch.setattr(Attention, "choice", lambda *_, choice=choice: choice)
+            found = forward(hidden.clone(), text, times, rotary)
+            assert near(found - hidden, expected - hidden, 5e-3)
+            prepared = implementation != "torch.sdpa"
+            assert kernels["hopper", "prepare_projections"] == prepared
+            assert kernels["hopper", "norm_and_rotate"] == (1 if prepared else 3)
+        # Heads in groups are prepared by the group: this is for all of them.
+        kernels.clear()
+        attention.turn.heads = 2
+        monkeypatch.setattr(
+            Attention, "attend", lambda _, *qkv: F.scaled_dot_product_attention(*qkv[:3])
+        )
+        forward(hidden.clone(), text, times, rotary)
+        assert kernels["hopper", "prepare_projections"] == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from sagewan.kernels import hopper_attention
+from sagewan.kernels import hopper_attention, hopper_prepare
 from sagewan.kernels.hopper_attention import Form
 
 pytest.importorskip(
@@ -81,3 +81,15 @@ def test_shared_memory_fits_the_architecture(form: Form) -> None:
     wrong = {**form.defines(), "SHARED_BYTES": 1024}
     with pytest.raises(CudaError, match="the launcher asks for what this takes"):
         compile_source(hopper_attention.SOURCE, "sm_90a", wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_preparation_of_projections_compiles(dtype: torch.dtype) -> None:
+    made = compile_source(hopper_prepare.SOURCE, "sm_90a", hopper_prepare.defines(dtype))
+    used = re.search(r"Used (\d+) registers", made.log)
+    # Two blocks of 256 threads share a multiprocessor's 65,536.
+    assert used
+    assert int(used[1]) <= 128
+    spilled = re.search(r"(\d+) bytes spill stores", made.log)
+    assert spilled
+    assert int(spilled[1]) <= 64

@@ -20,7 +20,7 @@ from tests.machines import CPU
 from tests.pipeline.test_session import request
 
 Folder = Callable[[str], Path]
-PLAIN = blocks.BLOCK_ROWS[1]
+PLAIN = blocks.BLOCK_ROWS[-1]
 
 
 def norm(hidden: Tensor) -> None:

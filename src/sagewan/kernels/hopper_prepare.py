@@ -18,7 +18,7 @@ from torch import Tensor
 from sagewan.errors import ShapeError
 from sagewan.kernels.fp8_attention import E4M3_MAX
 from sagewan.kernels.fp8_linear import cut, load_part
-from sagewan.kernels.hopper_attention import CHANNELS, lowest_scale
+from sagewan.kernels.hopper_attention import CHANNELS, ROWS_PER_SCALE, lowest_scale
 from sagewan.kernels.int8_attention import LOG2E
 from sagewan.kernels.launch import VARYING, Schedule, launch
 from sagewan.kernels.nvrtc import Kernel
@@ -26,7 +26,7 @@ from sagewan.kernels.prepare import SAMPLED_FROM, Recipe, e4m3_columns
 from sagewan.kernels.prepared import PADDING, Columns, Prepared, Rows
 
 SOURCE = "hopper_prepare.cu"
-_ROWS, _THREADS = 64, 256
+_THREADS = 256
 # Heads of a block of threads, which share the positions' table and the norm's factors.
 _GROUP = 10
 _EVERY = 7
@@ -164,6 +164,7 @@ def int8_rows(
         data=x.new_empty(batch, heads, padded, size, dtype=torch.int8),
         scale=x.new_empty(batch, heads, padded, dtype=torch.float32),
         dots=dots,
+        rows_per_scale=ROWS_PER_SCALE,
     )
     groups = triton.cdiv(heads, _GROUP)
     weight = position.weight.float()
@@ -197,7 +198,7 @@ def int8_rows(
     )
     with torch.cuda.device(x.device):
         kernel = _kernel(x.device.index, x.dtype)
-        kernel.launch((padded // _ROWS, batch * groups), _THREADS, (), arguments)
+        kernel.launch((padded // ROWS_PER_SCALE, batch * groups), _THREADS, (), arguments)
     return rows
 
 

@@ -61,7 +61,8 @@ def self_test_block(row: BlockRow, device: Device, problem: Problem) -> SelfTest
 def _errors(row: BlockRow, device: Device, problem: Problem) -> Iterator[tuple[float, float]]:
     dtype: torch.dtype = getattr(torch, problem.dtype)
     plain = _block(problem.head_dim, dtype).to(device.torch_name)
-    yield _error(row, plain, plain, problem), _LIMITS["16 bit"]
+    # Attention in 8 bits rounds as products in FP8 do.
+    yield _error(row, plain, plain, problem), _LIMITS["fp8" if row.prepares else "16 bit"]
     if device.sm in ADA_UP and dtype == torch.bfloat16:
         # For which torch's products with a scale a row are made.
         fp8, stored = _quantised(plain)
@@ -74,22 +75,26 @@ def _error(row: BlockRow, block: Any, stored: Any, problem: Problem) -> float:
     hidden, text, times, rotary = _inputs(problem.head_dim, weight.device)
     holder = nn.Module()
     holder.blocks = nn.ModuleList([block])
+    given, text = hidden.to(weight.dtype), text.to(weight.dtype)
     attention = Attention(Launcher())
-    plan = AttentionPlan(
-        requested="sdpa", problem=problem, main=Choice("sdpa", row_named("torch.sdpa"))
-    )
     Blocks().install(holder, attention, row)
     try:
-        with torch.inference_mode(), attention.during(Turn(plan, 1, lambda: None, chunk=32)):
-            dtype = weight.dtype
-            given = hidden.to(dtype)
-            found = block(given.clone(), text.to(dtype), times, rotary)
-            exact = Block(copy.deepcopy(stored).float(), attention, 0)
-            expected = exact(given.float().clone(), text.to(dtype).float(), times, rotary)
+        with torch.inference_mode(), attention.during(_turn(row.prepares, problem)):
+            found = block(given.clone(), text, times, rotary)
+        exact = Block(copy.deepcopy(stored).float(), attention, 0)
+        with torch.inference_mode(), attention.during(_turn(None, problem)):
+            expected = exact(given.float().clone(), text.float(), times, rotary)
     finally:
         # The next trial's block is a copy of this one.
         del block.forward
     return float((found - expected).norm() / (expected - given).norm())
+
+
+def _turn(implementation: str | None, problem: Problem) -> Turn:
+    """Attention by an implementation, torch's if none is named, and the rest in chunks."""
+    choice = Choice("sdpa", row_named(implementation or "torch.sdpa"))
+    plan = AttentionPlan(requested="sdpa", problem=problem, main=choice)
+    return Turn(plan, 1, lambda: None, chunk=32)
 
 
 def _block(head_dim: int, dtype: torch.dtype) -> Any:

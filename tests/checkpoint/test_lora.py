@@ -168,3 +168,26 @@ def test_a_part_that_stands_twice_is_refused(
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=rf"are the same part of {name}"):
         find_loras((Lora(path=path),), model)
+
+
+def test_a_bare_name_is_looked_for_among_the_models_loras(
+    model: Model, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAGEWAN_MODELS", str(tmp_path))
+    (tmp_path / "loras").mkdir()
+    everyones = write(tmp_path / "loras" / "soft.safetensors", changes)
+    assert find_loras((Lora(path=Path("soft")),), model)[0].lora.path == everyones
+    assert model.location
+    own = model.location / "loras"
+    own.mkdir()
+    mine = write(own / "soft.safetensors", changes)
+    for name in ("soft", "soft.safetensors"):
+        assert find_loras((Lora(path=Path(name)),), model)[0].lora.path == mine
+    with pytest.raises(CheckpointError, match="sharp"):
+        find_loras((Lora(path=Path("sharp")),), model)
+
+
+def test_the_demo_models_own_lora_brings_its_schedule() -> None:
+    (file,) = find_loras((Lora(path=Path("four-steps")),), find_model("demo"))
+    assert (len(file.layers), file.unmatched) == (80, ())
+    assert file.schedule == Schedule(steps=4, cfg=1.0, shift=3.0, scheduler="euler")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sagewan.checkpoint.names import transformer_name
+from sagewan.checkpoint.places import LORAS, models_folder
 from sagewan.checkpoint.tensors import Stored, TensorFile, open_file
 from sagewan.errors import CheckpointError, RequestError
 from sagewan.plan.layers import weight_shapes
@@ -116,7 +117,7 @@ def find_loras(loras: tuple[Lora, ...], model: Model) -> tuple[LoraFile, ...]:
 
 
 def _find(lora: Lora, model: Model) -> LoraFile:
-    path = Path(os.path.expanduser(lora.path))  # noqa: PTH111 Path's raises for ~nobody
+    path = _place(lora, model)
     experts, guessed = _experts(lora, model)
     if path.is_dir() or path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
         raise CheckpointError(f"lora={lora.path}: give a LoRA's .safetensors file")
@@ -147,6 +148,20 @@ def _find(lora: Lora, model: Model) -> LoraFile:
         modified=path.stat().st_mtime_ns,
         schedule=_own_schedule(opened) or schedule_in_name(path.stem),
     )
+
+
+def _place(lora: Lora, model: Model) -> Path:
+    """The file as it is given; a bare name that is no file here may leave out ``.safetensors``, and
+    is looked for among the model's own LoRAs and then among all models'."""
+    path = Path(os.path.expanduser(lora.path))  # noqa: PTH111 Path's raises for ~nobody
+    if len(path.parts) > 1 or path.exists():
+        return path
+    homes = [model.location] if model.location and model.location.is_dir() else []
+    for home in (*homes, models_folder()):
+        for name in (path.name, f"{path.name}.safetensors"):
+            if (home / LORAS / name).is_file():
+                return home / LORAS / name
+    return path
 
 
 def _experts(lora: Lora, model: Model) -> tuple[tuple[int, ...], bool]:

@@ -47,14 +47,17 @@ def _inspected(location: Path, _: int) -> tuple[str, tuple[str, ...]]:
 
 
 def lora_choices() -> Mapping[str, Lora]:
-    """The LoRA files in the models folder's ``loras``, each by its name for all of a model, and as
-    ``high=NAME`` and ``low=NAME`` for one expert."""
-    files = [one for one in _entries(models_folder() / LORAS) if one.suffix == ".safetensors"]
-    return {
-        lora_name(lora): lora
-        for path in files
-        for lora in (Lora(path=path, expert=expert) for expert in (None, *EXPERTS))
-    }
+    """The demo model's own LoRA files, and those in the models folder's ``loras``, each by its name
+    for all of a model, and as ``high=NAME`` and ``low=NAME`` for one expert."""
+    own = find_model(DEMO).location
+    found = [Lora(path=path) for path in (_lora_files(own) if own else ())]
+    for path in _lora_files(models_folder()):
+        found += [Lora(path=path, expert=expert) for expert in (None, *EXPERTS)]
+    return {lora_name(lora): lora for lora in found}
+
+
+def _lora_files(folder: Path) -> list[Path]:
+    return [one for one in _entries(folder / LORAS) if one.suffix == ".safetensors"]
 
 
 def lora_name(lora: Lora) -> str:

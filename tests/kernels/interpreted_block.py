@@ -199,19 +199,19 @@ def test_videos_of_one_batch_may_share_their_time() -> None:
 
 
 def inputs(*, pictures: bool) -> tuple[Tensor, Tensor, Modulation, tuple[Tensor, Tensor]]:
-    """13 tokens of two times, whose border lies within a chunk."""
-    angles = random(1, 13, 1, 16, seed=3)
+    """7 tokens of two times, whose border lies within a chunk."""
+    angles = random(1, 7, 1, 16, seed=3)
     cos, sin = (f(angles).repeat_interleave(2, -1) for f in (torch.cos, torch.sin))
     return (
-        random(2, 13, 96).half(),
+        random(2, 7, 96).half(),
         random(2, 512 + 20 * pictures, 96, seed=1).half(),
-        Modulation(random(2, 2, 6, 96, seed=2).half(), (0, 7, 13)),
+        Modulation(random(2, 2, 6, 96, seed=2).half(), (0, 4, 7)),
         (cos, sin),
     )
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["16 bit", "fp8"])
-@pytest.mark.parametrize(("turn", "pictures"), [({}, False), ({"chunk": 5, "heads": 2}, True)])
+@pytest.mark.parametrize(("turn", "pictures"), [({}, False), ({"chunk": 3, "heads": 2}, True)])
 def test_the_fused_block_is_as_near_as_the_block(
     fp8: bool, turn: dict[str, int], pictures: bool
 ) -> None:

@@ -65,13 +65,14 @@ def test_a_step_cache_is_one_more_axis_and_what_it_reuses_is_told(tmp_path: Path
 
 
 def test_sparsity_is_one_more_axis_and_what_it_leaves_out_is_told(tmp_path: Path) -> None:
-    wanted = settings(tmp_path, "sdpa", size=(256, 256), frames=17)
-    sparsity = (None, Sparsity.parse("radial:0.67,0"))
+    # 5 × 6 × 6 tokens: two blocks.
+    wanted = settings(tmp_path, "sdpa", size=(192, 192), frames=17)
+    sparsity = (None, Sparsity.parse("radial:0.5,0"))
     found = evaluate(replace(wanted, sparsity=sparsity, count=1))
     exact, sparse = found.entries
-    assert sparse["name"] == "sdpa, radial:0.67,0"
-    assert sparse["skipped"]["value"] == pytest.approx(2 / 3 * 7 / 8)
-    assert "58% of the blocks of keys left out" in found.table
+    assert sparse["name"] == "sdpa, radial:0.5,0"
+    assert sparse["skipped"]["value"] == pytest.approx(1 / 2 * 7 / 8)
+    assert "44% of the blocks of keys left out" in found.table
     assert sparse["dit"]["value"] > 0
     assert exact["sparsity"] is None
 

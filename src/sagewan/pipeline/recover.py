@@ -14,7 +14,8 @@ from sagewan.pipeline.report import Change
 from sagewan.plan.budget import UMT5_BLOCKS
 from sagewan.plan.evidence import Shortage
 from sagewan.plan.hardware import GIB
-from sagewan.plan.memory import MemoryPlan, smaller
+from sagewan.plan.memory import MemoryPlan
+from sagewan.plan.memory_notes import smaller
 from sagewan.plan.objection import Objection
 from sagewan.plan.plan import Plan
 

@@ -18,7 +18,7 @@ _USUAL_PIN_SHARE = 0.7
 # What a desktop and other programs hold of a card, beside what they hold now.
 RESERVED = GIB // 2
 # Two buffers take the place of the swapped blocks, so one or two save nothing.
-_LEAST_SWAP = 3
+LEAST_SWAP = 3
 # What each shortage takes of the memory that is counted on.
 _AFTER_SHORTAGE = 0.85
 
@@ -217,7 +217,7 @@ class _Planner:
             return 0
         if self._short("text"):
             return UMT5_BLOCKS
-        counts: list[int] = [0, *range(_LEAST_SWAP, UMT5_BLOCKS)]
+        counts: list[int] = [0, *range(LEAST_SWAP, UMT5_BLOCKS)]
         for swapped in counts:
             if self._fits(
                 budget.text_stage(self.needs.model, self._number, swapped, on_device=True)
@@ -263,11 +263,11 @@ class _Planner:
             return usual, 0
         if short:
             usual = budget.small_chunks()
-            asked = min(layers, max(asked, short.block_swap + max(_LEAST_SWAP, layers // 4)))
+            asked = min(layers, max(asked, short.block_swap + max(LEAST_SWAP, layers // 4)))
         roomy = budget.roomy_chunks(needs.tokens)
         if not short and not asked and self._fits(self._denoise(roomy, 0)):
             return roomy, 0
-        counts = [n for n in range(layers + 1) if n >= asked and (n == asked or n >= _LEAST_SWAP)]
+        counts = [n for n in range(layers + 1) if n >= asked and (n == asked or n >= LEAST_SWAP)]
         for chunks in (usual, budget.small_chunks()):
             for swap in counts:
                 if self._fits(self._denoise(chunks, swap)):
@@ -349,126 +349,3 @@ class _Planner:
                 Item("activations", active),
             ),
         )
-
-
-def memory_notes(
-    needs: Needs, memory: MemoryPlan, hardware: Hardware, preset_swap: int | None
-) -> Iterator[str]:
-    """What the user should know of it, in sentences."""
-    device, asked = needs.device, needs.request.block_swap
-    if not memory.on_device:
-        if asked:
-            yield f"block_swap={asked} changes nothing on a CPU: every weight is in its memory"
-        # Against all of its memory: what is free changes from run to run, and the plan, which is in
-        # the video's file, is to be the same for the same request.
-        if 0 < hardware.memory_total < memory.host_peak:
-            yield (
-                f"this will not fit: it takes {memory.host_peak / GIB:.1f} GiB of memory, and this "
-                f"machine has {hardware.memory_total / GIB:.1f}; {_host_advice(needs, hardware)}"
-            )
-        return
-    if asked and memory.block_swap == asked < _LEAST_SWAP:
-        yield f"block_swap={asked} saves nothing: two buffers take the place of the swapped blocks"
-    if asked is not None and memory.block_swap > asked:
-        yield (
-            f"{memory.block_swap} blocks are swapped, not {asked}: with fewer this would not fit "
-            f"{device.name}"
-        )
-    if asked is None and preset_swap is not None and memory.block_swap > preset_swap:
-        yield (
-            f"{memory.block_swap} blocks are swapped, more than the preset's {preset_swap}: "
-            f"{device.name} needs it for this size and length"
-        )
-    if not memory.fits_device:
-        text = next(stage for stage in memory.stages if stage.name == "text")
-        advice = (
-            f"the text alone takes {text.device / GIB:.1f} GiB, however small the video: use a "
-            "larger card, or --device cpu"
-            if text.device > memory.room
-            else _advice(needs, hardware)
-        )
-        yield f"this will not fit: {_too_large(needs, memory)}; {advice}"
-    elif not memory.fits_host:
-        yield (
-            f"this will not fit: it takes {memory.host_peak / GIB:.1f} GiB of host memory, and "
-            f"{memory.host_room / GIB:.1f} GiB are free; {_host_advice(needs, hardware)}"
-        )
-
-
-def smaller(model: Model, frames: int, grid_size: tuple[int, int]) -> str:
-    """Flags for a video that takes about half the memory."""
-    less = max(5, (frames - 1) // 8 * 4 + 1)
-    width, height = (
-        _near(side * 0.7, step) for side, step in zip(grid_size, model.grid, strict=True)
-    )
-    return f"--frames {less} or --size {width}x{height}"
-
-
-def _too_large(needs: Needs, memory: MemoryPlan) -> str:
-    worst = max(memory.stages, key=lambda stage: stage.device)
-    swapped = worst.name in ("text", "denoise")
-    how = "with every block swapped" if swapped else "in the smallest tiles"
-    return (
-        f"{worst.name} takes {worst.device / GIB:.1f} GiB even {how}, "
-        f"{needs.device.name} has {memory.room / GIB:.1f} GiB for it"
-    )
-
-
-def _advice(needs: Needs, hardware: Hardware) -> str:
-    """What would fit: fewer frames, or a smaller size, at the same settings."""
-    model = needs.model
-
-    def shorter(frames: int) -> Needs:
-        return _resized(needs, needs.grid_size, frames)
-
-    def narrower(hundredths: int) -> Needs:
-        width, height = (
-            _near(side * hundredths / 100, step)
-            for side, step in zip(needs.grid_size, model.grid, strict=True)
-        )
-        return _resized(needs, (width, height), needs.frames)
-
-    lengths = [shorter(frames) for frames in range(5, needs.frames, 4)]
-    sizes = [narrower(hundredths) for hundredths in range(20, 100, 2)]
-    found = (_largest_fitting(many, hardware) for many in (lengths, sizes))
-    short, narrow = found
-    said = [f"--frames {short.frames}"] if short else []
-    said += ["--size {}x{}".format(*narrow.grid_size)] if narrow else []
-    if said:
-        return f"{' or '.join(said)} would fit"
-    return "choose a smaller model" + ("" if needs.packed else ", or --quantization fp4_scaled")
-
-
-def _host_advice(needs: Needs, hardware: Hardware) -> str:
-    """What would need less of the host: 16 bit, which is what files have; a file that is quantised
-    already, as weights are whole on the host while they are quantised; a smaller video on a CPU."""
-    short = replace(needs, dtype="bfloat16", weight_bytes=needs.weight_bytes // 2)
-    if needs.dtype == "float32" and plan_memory(short, hardware).fits_host:
-        return "--dtype bfloat16 needs half"
-    quantised = replace(needs, file_backed=True)
-    if needs.packed and not needs.file_backed and plan_memory(quantised, hardware).fits_host:
-        return "quantize the model once with sagewan quantize: the file it makes needs less"
-    if not needs.device.is_cuda:
-        return f"choose {smaller(needs.model, needs.frames, needs.grid_size)}, or a smaller model"
-    return "choose a smaller model"
-
-
-def _resized(needs: Needs, grid_size: tuple[int, int], frames: int) -> Needs:
-    tokens = needs.model.tokens(grid_size, frames)
-    return replace(needs, grid_size=grid_size, frames=frames, tokens=tokens)
-
-
-def _largest_fitting(many: list[Needs], hardware: Hardware) -> Needs | None:
-    """The last that fits of some that grow."""
-    low, high = 0, len(many)
-    while low < high:
-        middle = (low + high) // 2
-        if plan_memory(many[middle], hardware).fits:
-            low = middle + 1
-        else:
-            high = middle
-    return many[low - 1] if low else None
-
-
-def _near(side: float, grid: int) -> int:
-    return max(grid, int(side) // grid * grid)

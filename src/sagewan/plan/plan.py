@@ -11,7 +11,8 @@ from sagewan.plan.decoding import Decoding, plan_decoding
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB, Device, Hardware
 from sagewan.plan.lora import LoraFile, Schedule, taught_schedule
-from sagewan.plan.memory import MemoryPlan, Needs, memory_notes, plan_memory
+from sagewan.plan.memory import MemoryPlan, Needs, plan_memory
+from sagewan.plan.memory_notes import memory_notes
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
 from sagewan.plan.modes import AUTO, MODES, PRESETS, Preset, Quality
 from sagewan.plan.request import Request

@@ -131,6 +131,20 @@ def test_200000_keys(name: str, mode: str) -> None:
     assert error < (0.1 if mode == "sageattn_3_fp4" else 0.01)
 
 
+@pytest.mark.parametrize("falling", [False, True])
+def test_maxima_that_rise_or_fall_at_every_step(name: str, mode: str, falling: bool) -> None:
+    # A kernel that rescales only where a maximum rises must do so at each step, or at none.
+    place = torch.linspace(0, 24, 3000, device="cuda")[:, None]
+    direction = normal(1, 2, 1, 128, seed=0).float().sign()
+    q = (direction + 0.1 * normal(1, 2, 300, 128, seed=1)).to(torch.bfloat16)
+    k = (direction * place / 128**0.5 + 0.3 * normal(1, 2, 3000, 128, seed=2)).to(torch.bfloat16)
+    k, v = (k.flip(2) if falling else k), normal(1, 2, 3000, 128, seed=3)
+    out, lse = run(name)(q, k, v, return_lse=True)
+    expected, expected_lse = attention_with_lse(q, k, v)
+    assert relative_error(out, expected) < (0.3 if mode == "sageattn_3_fp4" else 0.06)
+    assert relative_error(lse, expected_lse) < (0.1 if mode == "sageattn_3_fp4" else 0.01)
+
+
 def test_edges_of_the_range_stay_finite(name: str, mode: str) -> None:
     q, k, v = (normal(1, 2, 300, 128, seed=seed) for seed in range(3))
     for a, b, c in ((0.0, 0.0, 0.0), (1e-20, 1e-20, 1e-20), (1e3, 1e3, 1e30), (1.0, 1.0, 1e-30)):

@@ -17,18 +17,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sagewan.kernels.launch import VARYING, Schedule, block_of, launch, strided
+from sagewan.kernels.launch import (
+    VARYING,
+    Schedule,
+    block_of,
+    compute_capability,
+    launch,
+    strided,
+)
 from sagewan.kernels.prepared import PADDING, Columns, Rows
 
 _CHUNKS = 32
 _ROWS = 64
-# Blocks of rows that share one rotation matrix, which takes longer to make than to use.
-_BLOCKS = 8
+# Blocks of rows that share one rotation matrix, which takes longer to make than to use. Where
+# shared memory is plenty, more of them, read ahead, if all multiprocessors have work even so.
+_BLOCKS, _MANY_BLOCKS = 8, 32
+_PLENTY_SMS = (90, 100, 103)
 _MAX_ROTATION = 128
 SAMPLED_FROM = 8192
 # It divides the width of hardly any video, so that the sample has all columns.
 _EVERY = 7
 _SCHEDULE = Schedule(warps=8)
+# Two blocks of 256 threads share a multiprocessor.
+_AHEAD = Schedule(warps=8, stages=3, registers=128)
 # Reading is all that a reduction does: it asks ahead.
 _REDUCTION = Schedule(warps=8, stages=3)
 # 1.5·2²³: a float32 this large has no fraction, so adding it rounds to the nearest even integer.
@@ -117,6 +128,8 @@ def int8_rows(
         rows_per_scale=1 if recipe.per_token else recipe.block,
         dots=dots,
     )
+    many = count >= SAMPLED_FROM and compute_capability(x.device) in _PLENTY_SMS
+    blocks = (_MANY_BLOCKS if many else _BLOCKS) if recipe.rotate else 1
     arguments = {
         **strided("x", x),
         "minus": minus,
@@ -137,12 +150,13 @@ def int8_rows(
         "WIDTH": min(_MAX_ROTATION, block),
         "SMOOTH_DOTS": recipe.smooth_dots,
         "PER_TOKEN": recipe.per_token,
-        "BLOCKS": _BLOCKS if recipe.rotate else 1,
+        "BLOCKS": blocks,
         "BLOCK_R": recipe.block,
         "BLOCK_D": block,
     }
-    grid = (triton.cdiv(padded // recipe.block, arguments["BLOCKS"]), batch * heads)
-    launch(_int8_rows_kernel, grid, x.device, arguments, _SCHEDULE)
+    grid = (triton.cdiv(padded // recipe.block, blocks), batch * heads)
+    schedule = _AHEAD if blocks == _MANY_BLOCKS else _SCHEDULE
+    launch(_int8_rows_kernel, grid, x.device, arguments, schedule)
     return rows
 
 
@@ -156,9 +170,8 @@ def e4m3_columns(v: Tensor, highest: float) -> Columns:
     """
     batch, heads, count, size = v.shape
     block, padded = block_of(size), triton.cdiv(count, PADDING) * PADDING
-    scale = largest(v) / highest
-    # A channel of zeros (padding too) is divided by one.
-    scale = torch.where(scale > 0, scale, 1.0)
+    # A channel of zeros (padding too) is divided by the smallest normal number.
+    scale = largest(v).div_(highest).clamp_(min=torch.finfo(torch.float32).tiny)
     data = v.new_empty(batch, heads, block, padded, dtype=torch.float8_e4m3fn)
     arguments = {
         **strided("v", v),

@@ -1,15 +1,17 @@
 """Leaving out calls of the transformer whose answer is known well enough, and saying which.
 
 MagCache (:class:`Scheduled`) is decided in the plan, EasyCache (:class:`Reuse`) in the run. When to
-reuse is EasyCache's rule (arXiv:2507.02860), written anew: from one step to the next the answer v
-changes at a nearly constant rate of the change of the latents x, so that its change can be told
-before it is computed; while the sum of what is told, relative to v, stays below the threshold, the
-step is not computed. What takes its place is the last computed v: EasyCache adds the last v − x to
-the latents, but a flow is nearly straight, so that v changes less (docs/decisions/0008).
+reuse is EasyCache's finding (arXiv:2507.02860): the answer v changes at a nearly constant rate of
+the change of the latents x, so that its change can be told before it is computed; while what is
+told since the last computed v, relative to v, stays below the threshold, that one takes its place.
+EasyCache sums what is told from step to step and adds the last v − x to the latents; told from the
+last computed v at once it is off by less, and on a nearly straight flow v itself changes less
+(docs/decisions/0008).
 """
 
+import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sagewan.plan.step_cache import CachePlan
@@ -51,26 +53,24 @@ class Forwards:
 
 @dataclass(frozen=True, kw_only=True)
 class _Course:
-    """The prompt's pass through one expert: the ``latents`` it was last given, the ``answer`` it
-    gave, both [B, C, F, H, W] float32; the ``rate`` |Δv| / |Δx| of the last computed answer from
-    the one before, None for the first; and the ``error`` that is told since."""
+    """The prompt's pass through one expert, as it was last computed: the ``latents`` it was given
+    and the ``answer`` it gave, both [B, C, F, H, W] float32, and the ``rate`` |Δv| / |Δx| to them
+    from those computed before, None for the first."""
 
     latents: "Tensor"
     answer: "Tensor"
     rate: float | None = None
-    error: float = 0.0
 
     def computed(self, latents: "Tensor", answer: "Tensor") -> "_Course":
         """As it goes on with a new answer."""
         moved = max(_size(latents - self.latents), _LEAST)
         return _Course(latents=latents, answer=answer, rate=_size(answer - self.answer) / moved)
 
-    def reused(self, latents: "Tensor") -> "_Course | None":
-        """As it goes on with its last answer, None where nothing can be told of the error."""
+    def error(self, latents: "Tensor") -> float:
+        """How far the answer is off for these latents, as far as can be told: a share of it."""
         if self.rate is None:
-            return None
-        told = self.rate * _size(latents - self.latents) / max(_size(self.answer), _LEAST)
-        return replace(self, latents=latents, error=self.error + told)
+            return math.inf
+        return self.rate * _size(latents - self.latents) / max(_size(self.answer), _LEAST)
 
 
 class Scheduled:
@@ -140,16 +140,17 @@ class Reuse:
         compute: "Callable[[], Tensor]",
     ) -> "Tensor":
         course = self._courses.get(expert)
-        following = None if course is None or plan.always(step) else course.reused(latents)
-        if following and following.error >= plan.cache.threshold:
-            following = None
-        self._reusing = following is not None
-        if following is None:
+        self._reusing = (
+            course is not None
+            and not plan.always(step)
+            and course.error(latents) < plan.cache.threshold
+        )
+        if course is None or not self._reusing:
             answer = compute()
             first = _Course(latents=latents, answer=answer)
-            following = course.computed(latents, answer) if course else first
-        self._courses[expert] = following
-        return following.answer
+            course = course.computed(latents, answer) if course else first
+            self._courses[expert] = course
+        return course.answer
 
     def _negative(self, expert: int, compute: "Callable[[], Tensor]") -> "Tensor":
         self._reusing = self._reusing and expert in self._negatives

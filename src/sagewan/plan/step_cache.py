@@ -30,7 +30,8 @@ Magnitudes = tuple[float | None, ...]
 @dataclass(frozen=True, kw_only=True)
 class StepCache:
     """A cache and how much change it lets pass, written ``METHOD:THRESHOLD``; ``threshold`` is the
-    share of the transformer's answer by which it may be wrong, summed over the steps reused."""
+    share of the transformer's answer by which it may be off: for ``mag`` in sum over the steps that
+    are reused in a row."""
 
     method: str
     threshold: float

@@ -239,11 +239,10 @@ __device__ __forceinline__ u32 two_halves(float a, float b) {
     return packed;
 }
 
-__device__ __forceinline__ float across_row(float x, bool largest) {
+__device__ __forceinline__ float sum_across_row(float x) {
 #pragma unroll
     for (int distance = 1; distance < 4; distance *= 2) {
-        float other = __shfl_xor_sync(0xffffffff, x, distance);
-        x = largest ? fmaxf(x, other) : x + other;
+        x += __shfl_xor_sync(0xffffffff, x, distance);
     }
     return x;
 }
@@ -376,7 +375,7 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
 struct Rows {
     float highest[2];
     float total[2];  // of this thread's columns, until the end
-    float kept[2];   // what maxima since the last addition to the output leave of it; FP8 only
+    float kept[2];   // FP8: what maxima that rose since the output last took in sums leave of it
 };
 
 __device__ __forceinline__ void start_scores(int *s, const int4 *starts, int eight) {
@@ -405,7 +404,7 @@ __device__ __forceinline__ void issue_scores(int (&s)[64], Shared &shared, int g
     commit();
 }
 
-// The products of P's `part` of 32 keys (16 in 16 bit); `add` is false where sums begin anew.
+// The products of P with quarters of the step's keys; without `add` the sums begin anew.
 template <int BEGIN, int END>
 __device__ __forceinline__ void issue_values(float (&t)[SUMS], const u32 *p, Shared &shared,
                                              int stage, int add) {
@@ -415,7 +414,8 @@ __device__ __forceinline__ void issue_values(float (&t)[SUMS], const u32 *p, Sha
 #if V_FORMAT == 0
 #pragma unroll
     for (int part = BEGIN; part < END; ++part) {
-        multiply_values(t, p + part * 4, v + part * 2, part ? 1 : add);  // 32 keys are 32 bytes further
+        // 32 keys are 32 bytes further.
+        multiply_values(t, p + part * 4, v + part * 2, part ? 1 : add);
     }
 #else
 #pragma unroll
@@ -426,8 +426,8 @@ __device__ __forceinline__ void issue_values(float (&t)[SUMS], const u32 *p, Sha
     commit();
 }
 
-// The largest of a thread's scores in each of its rows, in powers of two. Leaves the scores as they
-// are, in the order of their bits; `base` is what they hold too much.
+// The largest of a thread's scores in each of its rows, in powers of two; `base` is what the scores
+// hold too much afterwards.
 __device__ __forceinline__ void find_largest(int (&s)[64], const float2 factor, float &base,
                                              float (&largest)[2]) {
     int most[2][2];
@@ -502,7 +502,7 @@ __device__ __forceinline__ void raise(float (&largest)[2], Rows &rows, float (&s
     for (int i = 0; i < SUMS; ++i) sums[i] *= rescale[i / 2 % 2];
 }
 
-// The output takes in the sums of P·V, and the divisor those of P, from the channel of ones.
+// FP8: the output takes in the sums of P·V, and the divisor those of P, from the channel of ones.
 __device__ __forceinline__ void take_in(float (&o)[64], const float (&t)[SUMS], Rows &rows) {
 #pragma unroll
     for (int i = 0; i < 64; ++i) o[i] = fmaf(o[i], rows.kept[i / 2 % 2], t[i]);
@@ -579,7 +579,7 @@ __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Ar
     int row_in_block = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        float total = across_row(rows.total[row], false);
+        float total = sum_across_row(rows.total[row]);
         int n = first + row_in_block + row * 8;
         if (n >= a.count) continue;
         float scale = total > 0.0f ? 1.0f / total : 0.0f;

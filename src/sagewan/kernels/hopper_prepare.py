@@ -29,8 +29,11 @@ SOURCE = "hopper_prepare.cu"
 _THREADS = 256
 # Heads of a block of threads, which share the positions' table and the norm's factors.
 _GROUP = 10
-_EVERY = 7
-_SAMPLE_ROWS, _SAMPLES = 32, 32
+# Any vector may be taken off, and a thousand tokens from all over a video give their mean nearly.
+_SAMPLED = 1024
+# Primes, which divide the width of hardly any video, so that the sample has all columns.
+_STRIDES = (7, 31, 73, 127, 241)
+_SAMPLE_ROWS, _SAMPLES = 32, 64
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 
 
@@ -116,10 +119,10 @@ def row_factors(x: Tensor, eps: float) -> Tensor:
 
 def turned_mean(x: Tensor, factors: Tensor, position: Position) -> Tensor:
     """The mean over N of what x [B, N, H, D] becomes, [B, H, D] float32; of a long sequence, of
-    every seventh token."""
+    about a thousand of its tokens."""
     batch, tokens, heads, size = x.shape
     _check(x)
-    every = _EVERY if tokens >= SAMPLED_FROM else 1
+    every = _stride(tokens)
     count = triton.cdiv(tokens, every)
     samples = min(_SAMPLES, triton.cdiv(count, _SAMPLE_ROWS))
     partial = torch.empty(batch, heads, samples, size, dtype=torch.float32, device=x.device)
@@ -140,6 +143,13 @@ def turned_mean(x: Tensor, factors: Tensor, position: Position) -> Tensor:
     }
     launch(_mean_kernel, (samples, batch * heads), x.device, arguments, Schedule(warps=4))
     return partial.sum(2).div_(count)
+
+
+def _stride(tokens: int) -> int:
+    """From one token of the sample to the next, so that there are about ``_SAMPLED``."""
+    if tokens < SAMPLED_FROM:
+        return 1
+    return max(stride for stride in _STRIDES if stride <= max(7, tokens // _SAMPLED))
 
 
 def int8_rows(

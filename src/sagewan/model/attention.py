@@ -75,8 +75,6 @@ class Attention:
         try:
             yield turn
         finally:
-            # Whoever still holds the turn would hold the memory of its texts.
-            turn.forget_texts()
             self._turn = None
 
     @property

@@ -216,7 +216,11 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
                 held[index] = transformer
             return held[index]
 
-        yield expert
+        try:
+            yield expert
+        finally:
+            # Whoever still holds the turn would hold the memory of its texts.
+            components.attention.turn.forget_texts()
 
 
 def _computed(_part: str, _latents: Tensor, compute: Callable[[], Tensor]) -> Tensor:

@@ -69,8 +69,9 @@ def nearest_blocks(plan: SparsityPlan, order: Tensor) -> Tensor:
     apart = (centres[:, None] - centres[None]).abs()
     time, across = apart[..., 0], apart[..., 1:]
     if plan.sparsity.kind == "radial":
-        # A disc around the same place, of an area that falls with the distance in time.
-        distance = (1 + across.square().sum(-1)) * time.clamp(min=1)
+        # A disc around the same place, of an area that falls with the distance in time. A block is
+        # itself an area: without it the same place would be near however far the frame is.
+        distance = (BLOCK + across.square().sum(-1)) * time.clamp(min=1)
         distance[:, first] = -1
     else:
         distance = (apart / torch.tensor(plan.grid, dtype=torch.float64)).amax(-1)

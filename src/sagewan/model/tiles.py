@@ -16,6 +16,8 @@ from sagewan.plan.sparsity import BLOCK, SparsityPlan
 
 # A strip so high that a block of it is about as wide.
 _STRIP = round(BLOCK**0.5)
+# How many tokens apart a frame counts for a window.
+_FRAME = 2.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def nearest_blocks(plan: SparsityPlan, order: Tensor) -> Tensor:
         distance = (BLOCK + across.square().sum(-1)) * time.clamp(min=1)
         distance[:, first] = -1
     else:
-        distance = (apart / torch.tensor(plan.grid, dtype=torch.float64)).amax(-1)
+        distance = (apart * torch.tensor([_FRAME, 1.0, 1.0], dtype=torch.float64)).amax(-1)
     distance.fill_diagonal_(-2)
     kept = distance.argsort(dim=1, stable=True)[:, : plan.kept]
     mask = torch.zeros(plan.blocks, plan.blocks, dtype=torch.bool)

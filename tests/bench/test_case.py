@@ -102,7 +102,16 @@ def test_the_model_of_growth_finds_what_made_the_points() -> None:
     assert cliff.worst > 0.2
 
 
-@pytest.mark.parametrize("points", [[(10, 1.0)], [(10, 1.0), (20, 1.1)], [(10, 1.0), (20, 9.0)]])
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(10, 1.0)],
+        [(10, 1.0), (20, 1.1)],
+        [(10, 1.0), (20, 9.0)],
+        # One picture of so many tokens is what comes nearest to all of three counts.
+        [(3600, 0.744040198074901), (3600, 0.7176778970520505), (3600, 0.6488790235495333)],
+    ],
+)
 def test_no_part_of_the_model_is_negative(points: list[tuple[int, float]]) -> None:
     found = fitted("noise", points)
     assert found.linear >= 0

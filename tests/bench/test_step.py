@@ -82,6 +82,15 @@ def test_one_that_is_wrong_or_fails_is_not_timed(setting: Setting) -> None:
     assert found[BASELINE].wrong is None
 
 
+def test_nothing_is_called_right_where_the_baseline_fails(setting: Setting) -> None:
+    baseline, ours = chosen(setting, ("none",), ("sdpa",))
+    broken = replace(baseline, model=_Failing(baseline.model))
+    failed, unchecked = measure(setting, [broken, ours], rounds=1)
+    assert failed.wrong
+    assert unchecked.error is None
+    assert unchecked.layer_ms is not None
+
+
 class _Failing(torch.nn.Module):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()

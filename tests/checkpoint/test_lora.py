@@ -183,6 +183,9 @@ def test_a_bare_name_is_looked_for_among_the_models_loras(
     mine = write(own / "soft.safetensors", changes)
     for name in ("soft", "soft.safetensors"):
         assert find_loras((Lora(path=Path(name)),), model)[0].lora.path == mine
+    (tmp_path / "here" / "soft").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_loras((Lora(path=Path("soft")),), model)[0].lora.path == mine, "no file, a folder"
     with pytest.raises(CheckpointError, match="sharp"):
         find_loras((Lora(path=Path("sharp")),), model)
 

@@ -61,6 +61,7 @@ def test_growth_says_how_far_the_model_is(
         (("--rivals", "eager,fastvideo"), "fastvideo"),
         (("--model", "15b"), "model=15b"),
         (("--frames", "80"), "4n+1"),
+        (("--frames", "0"), "frames=0"),
         (("--tokens", "0"), "tokens=0"),
         (("--json", "absent/step.json"), "does not exist"),
     ],

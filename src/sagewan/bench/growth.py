@@ -57,7 +57,7 @@ def fitted(name: str, points: Sequence[tuple[int, float]]) -> Growth:
     a, b = sum(a for a, _ in rows), sum(b for _, b in rows)
     determinant = aa * bb - ab * ab
     linear, quadratic = a / aa, 0.0
-    if len(set(points)) > 1 and b * aa > a * ab:
+    if len({tokens for tokens, _ in points}) > 1 and b * aa > a * ab:
         linear, quadratic = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
     if linear < 0:
         linear, quadratic = 0.0, b / bb

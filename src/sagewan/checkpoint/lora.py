@@ -154,7 +154,7 @@ def _place(lora: Lora, model: Model) -> Path:
     """The file as it is given; a bare name that is no file here may leave out ``.safetensors``, and
     is looked for among the model's own LoRAs and then among all models'."""
     path = Path(os.path.expanduser(lora.path))  # noqa: PTH111 Path's raises for ~nobody
-    if len(path.parts) > 1 or path.exists():
+    if len(path.parts) > 1 or path.is_file():
         return path
     homes = [model.location] if model.location and model.location.is_dir() else []
     for home in (*homes, models_folder()):

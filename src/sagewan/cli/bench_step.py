@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
-    for name in ("tokens", "rounds"):
+    for name in ("frames", "tokens", "rounds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise RequestError(f"{name}={value}: give 1 or more")

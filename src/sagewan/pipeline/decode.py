@@ -80,7 +80,8 @@ def _sent(piece: Tensor, size: tuple[int, int]) -> _Frames:
         for x in (frames, finite)
     ]
     there = torch.cuda.Event()
-    there.record()
+    # The stream of the piece's own GPU: torch's current one may be another.
+    there.record(torch.cuda.current_stream(piece.device))
     return _Frames(host[0], host[1], there)
 
 

@@ -106,3 +106,17 @@ def test_arranged_and_restored_undo_each_other() -> None:
     x = torch.randn(2, 3 * 13 * 17, 4)
     assert torch.equal(tiles.restored(tiles.arranged(x)), x)
     assert not torch.equal(tiles.arranged(x), x)
+
+
+@pytest.mark.parametrize(("grid", "share"), [((1, 45, 80), 0.5), ((5, 30, 52), 0.9)])
+def test_a_short_video_keeps_what_is_near_not_the_beginning_of_its_first_frame(
+    grid: tuple[int, int, int], share: float
+) -> None:
+    plan = plan_for(grid, f"radial:{share},0")
+    order = token_order(grid)
+    _, rows, columns = grid
+    places = torch.stack([order // columns % rows, order % columns], 1).float().split(128)
+    centres = torch.stack([block.mean(0) for block in places])
+    apart = torch.cdist(centres, centres)
+    kept = apart[nearest_blocks(plan, order)[0, 0]]
+    assert kept.mean() < 0.75 * apart.mean()

@@ -1,5 +1,6 @@
 """A model is measured once; then its blocks are left out where the plan says so."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,14 @@ import pytest
 import torch
 
 from sagewan.attention.launch import Launcher
-from sagewan.errors import RequestError
+from sagewan.checkpoint.find import find_model
+from sagewan.errors import RejectedError, RequestError
 from sagewan.pipeline import generate
 from sagewan.pipeline.calibrate import calibrate
+from sagewan.pipeline.decide import decide
 from sagewan.pipeline.denoise import NotFinite, denoise, expert_of, start
 from sagewan.pipeline.magnitudes import load_magnitudes
+from sagewan.pipeline.probe import probe
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.request import Request
 from sagewan.plan.step_cache import StepCache, plan_cache
@@ -43,8 +47,24 @@ def test_without_measurements_it_is_refused_with_the_command_and_with_them_it_ru
     assert sum(row["calls"] for row in result.report["attention"]["ran"]) == 8 * (
         16 - facts["reused"]
     )
-    with pytest.raises(RequestError, match="for 9 steps"):
+    with pytest.raises(RequestError, match="--steps 9"):
         generate(replace(request, steps=9))
+
+
+def test_what_is_told_to_measure_is_what_is_missing(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {**SMALL, "steps": 4, "scheduler": "euler", "shift": 2.123456789}
+    request = Request(prompt="a red ball", output=tmp_path / "a.mp4", cache=MAG, **fields)
+    with pytest.raises(RequestError) as refused:
+        decide(request, find_model("demo"), probe())
+    words = shlex.split(str(refused.value).partition("sagewan calibrate ")[2])
+    told = dict(zip(words[::2], words[1::2], strict=False))
+    assert (told["--scheduler"], float(told["--shift"])) == ("euler", 2.123456789)
+
+
+def test_what_breaks_off_measuring_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sagewan.attention.launch.Launcher", lambda: Spoiling(3))
+    with pytest.raises(RejectedError, match=r"stopped being finite at step 1 of 8"):
+        calibrate(Request(prompt="a red ball", attention="sdpa", **SMALL), Watch())
 
 
 def test_measuring_changes_nothing_and_each_expert_begins_anew(shrunken_folder: Folder) -> None:

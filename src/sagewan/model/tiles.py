@@ -74,7 +74,9 @@ def nearest_blocks(plan: SparsityPlan, order: Tensor) -> Tensor:
         # A disc around the same place, of an area that falls with the distance in time. A block is
         # itself an area: without it the same place would be near however far the frame is.
         distance = (BLOCK + across.square().sum(-1)) * time.clamp(min=1)
-        distance[:, first] = -1
+        # Of a short video it would be all that is kept, and nothing that is near.
+        if 2 * int(first.sum()) <= plan.kept:
+            distance[:, first] = -1
     else:
         distance = (apart * torch.tensor([_FRAME, 1.0, 1.0], dtype=torch.float64)).amax(-1)
     distance.fill_diagonal_(-2)

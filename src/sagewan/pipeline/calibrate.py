@@ -1,15 +1,21 @@
 """Measures what MagCache goes by: one video is denoised, and of each step it is noted how much its
 blocks add, against the step before. No video is written."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sagewan.errors import UnsupportedError
 from sagewan.pipeline.decide import decide
 from sagewan.pipeline.magnitudes import store_magnitudes
 from sagewan.pipeline.progress import DECIDE, Watch
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Request
 from sagewan.plan.step_cache import MAG, Magnitudes, StepCache, plan_cache
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Its authors' for Wan.
 USUAL = StepCache(method=MAG, threshold=0.06)
@@ -27,17 +33,12 @@ class Calibrated:
 
 
 def calibrate(request: Request, watch: Watch) -> Calibrated:
-    """Measure the request's model for its steps. Raises as generate does."""
-    from sagewan.attention.launch import Launcher
+    """Measure the request's model for its steps, by one plan throughout: nothing is made again.
+    Raises as generate does, and UnsupportedError where an implementation fails."""
     from sagewan.checkpoint.find import find_model
     from sagewan.checkpoint.lora import find_loras
-    from sagewan.model.residuals import Measuring
-    from sagewan.pipeline.build import build
-    from sagewan.pipeline.conditions import encode
-    from sagewan.pipeline.denoise import denoise
     from sagewan.pipeline.pictures import load_picture
     from sagewan.pipeline.probe import probe
-    from sagewan.pipeline.step_cache import PROMPT
 
     watch.stage(DECIDE)
     cache = request.cache if request.cache and request.cache.method == MAG else USUAL
@@ -51,15 +52,53 @@ def calibrate(request: Request, watch: Watch) -> Calibrated:
     pictures = {
         name: load_picture(path, plan.grid_size, name) for name, path in paths.items() if path
     }
+    magnitudes = _measured(plan, pictures, watch)
+    planned = plan_cache(cache, plan.steps.count, plan.steps.passes, magnitudes)
+    path = store_magnitudes(plan, magnitudes)
+    reused = planned.reused if planned and planned.reused else ()
+    return Calibrated(plan=plan, magnitudes=magnitudes, path=path, reused=reused)
+
+
+def _measured(plan: Plan, pictures: "Mapping[str, Image]", watch: Watch) -> Magnitudes:
+    from sagewan.pipeline.libraries import import_libraries
+
     watch.planned(plan)
     watch.stage("load")
+    import_libraries()
+    from sagewan.attention.launch import is_out_of_memory
+    from sagewan.attention.resolve import one_line
+    from sagewan.pipeline.denoise import NoMemory, NotFinite, RowFailed
+    from sagewan.pipeline.recover import out_of_memory, rejected
+
+    try:
+        return _denoised(plan, pictures, watch)
+    except NotFinite as stop:
+        raise rejected(plan, stop) from stop
+    except RowFailed as stop:
+        failure = stop.failure
+        raise UnsupportedError(
+            f"{failure.implementation} failed: {failure.objection.sentence()}; choose another "
+            "--attention"
+        ) from failure
+    except NoMemory as stop:
+        raise out_of_memory(plan, stop.what) from stop
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(plan, one_line(error)) from error
+
+
+def _denoised(plan: Plan, pictures: "Mapping[str, Image]", watch: Watch) -> Magnitudes:
+    from sagewan.attention.launch import Launcher
+    from sagewan.model.residuals import Measuring
+    from sagewan.pipeline.build import build
+    from sagewan.pipeline.conditions import encode
+    from sagewan.pipeline.denoise import denoise
+    from sagewan.pipeline.step_cache import PROMPT
+
     components = build(plan, Launcher(), watch=watch)
     watch.stage("encode")
     conditions = encode(components, plan, pictures)
     measuring = Measuring(PROMPT)
     denoise(components, plan, conditions, watch, residuals=measuring)
-    magnitudes = tuple(measuring.magnitudes)
-    planned = plan_cache(cache, plan.steps.count, plan.steps.passes, magnitudes)
-    path = store_magnitudes(plan, magnitudes)
-    reused = planned.reused if planned and planned.reused else ()
-    return Calibrated(plan=plan, magnitudes=magnitudes, path=path, reused=reused)
+    return tuple(measuring.magnitudes)

@@ -1,6 +1,7 @@
 """From a request to a plan that nothing is left to prove in; what was learnt comes along."""
 
 import logging
+import shlex
 from dataclasses import dataclass, replace
 
 from sagewan.errors import RequestError
@@ -96,11 +97,21 @@ def check_calibrated(plan: Plan) -> None:
     """RequestError, with the command, if the step cache wants measurements that were not made."""
     if plan.cache and not plan.cache.calibrated:
         raise RequestError(
-            f"cache={plan.cache.cache}: {plan.model.name} was not measured for {plan.cache.steps} "
-            f"steps with shift {plan.steps.shift:g}; run sagewan calibrate --model "
-            f"{plan.request.model} --steps {plan.cache.steps} --shift {plan.steps.shift:g} first, "
-            "or choose easy"
+            f"cache={plan.cache.cache}: {plan.model.name} was not measured for these steps; run "
+            f"sagewan calibrate {_measured_by(plan)} first, or choose easy"
         )
+
+
+def _measured_by(plan: Plan) -> str:
+    """The flags that tell what is measured: all that magnitudes are kept by."""
+    request, steps = plan.request, plan.steps
+    flags: list[tuple[str, object]] = [("model", request.model), ("steps", steps.count)]
+    flags += [("shift", repr(steps.shift).removesuffix(".0")), ("scheduler", steps.scheduler)]
+    flags += [("boundary", steps.boundary)] if steps.boundary is not None else []
+    flags += [("lora", lora) for lora in request.lora]
+    pictures = ("image", request.image), ("last-image", request.last_image)
+    flags += [(name, path) for name, path in pictures if path]
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags)
 
 
 def prove(

@@ -108,7 +108,7 @@ class Recovery:
             except NotFinite as stop:
                 row = blame(plan, stop.step)
                 if repeated or row is None or plan.request.strict:
-                    raise _rejected(plan, stop) from stop
+                    raise rejected(plan, stop) from stop
                 self._decide_again(not_finite(row, stop.step))
                 resume, repeated = stop.snapshot, True
 
@@ -209,7 +209,16 @@ def _no_more(plan: Plan, stage: str, what: str) -> str:
     )
 
 
-def _rejected(plan: Plan, failure: "NotFinite") -> LatentsRejectedError:
+def out_of_memory(plan: Plan, what: str) -> UnsupportedError:
+    """What is said where nothing can be made again in less memory."""
+    return UnsupportedError(
+        f"{plan.device.name} ran out of memory ({what}); choose a smaller --size, fewer --frames "
+        "or a smaller model"
+    )
+
+
+def rejected(plan: Plan, failure: "NotFinite") -> LatentsRejectedError:
+    """What is said of latents that stopped being finite."""
     attention = plan.attention.choice(failure.step, plan.steps.count, 0)
     main = plan.weights.main
     weights, other = "", "--dtype float32"

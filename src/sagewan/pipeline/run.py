@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sagewan.errors import RejectedError, UnsupportedError
+from sagewan.errors import RejectedError
 from sagewan.pipeline.decide import Decision, decide
 from sagewan.pipeline.export import Video, metadata_of, write_video
 from sagewan.pipeline.files import check_outputs, check_space, written_whole
@@ -117,6 +117,7 @@ def execute(prepared: Prepared, watch: Watch, *, session: "Session | None" = Non
     """Load, encode, denoise, decode and write, with the models of a session if there is one.
     Raises as :func:`generate`."""
     from sagewan.pipeline.libraries import import_libraries
+    from sagewan.pipeline.recover import out_of_memory
 
     watch.planned(prepared.plan)
     watch.stage("load")
@@ -130,10 +131,7 @@ def execute(prepared: Prepared, watch: Watch, *, session: "Session | None" = Non
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UnsupportedError(
-            f"{prepared.plan.device.name} ran out of memory ({one_line(error)}); choose a "
-            "smaller --size, fewer --frames or a smaller model"
-        ) from error
+        raise out_of_memory(prepared.plan, one_line(error)) from error
 
 
 def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:

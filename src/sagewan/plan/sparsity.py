@@ -4,9 +4,9 @@ default.
 Tokens are put in an order in which 128 that follow each other are near each other, and each such
 block of queries keeps as many blocks of keys as every other: those that are nearest, in the sense
 of the kind. ``radial`` after Radial Attention (arXiv:2506.19852): what is kept of a frame halves
-with each doubling of its distance in time; the first frame is kept whole. ``sta`` after Sliding
-Tile Attention (arXiv:2502.04507): a window, half as many frames long as it is tokens wide, moved
-inwards at the video's borders.
+with each doubling of its distance in time; the first frame is kept whole, where that is no more
+than half of what is kept. ``sta`` after Sliding Tile Attention (arXiv:2502.04507): a window, half
+as many frames long as it is tokens wide, moved inwards at the video's borders.
 """
 
 from collections.abc import Iterable

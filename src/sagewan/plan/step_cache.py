@@ -56,10 +56,11 @@ class StepCache:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """The cache of a run of ``steps`` steps: the ``first`` of each expert and the ``last`` one are
-    always computed. ``forwards`` are those of a run without it, ``reusable`` the most of them that
-    may be left out. ``reused`` are the steps (from 0) that will be, where that is known beforehand;
-    ``calibrated`` is false where it would be, if the model had been measured."""
+    """The cache of a run of ``steps`` steps: the ``first`` and the ``last`` are always computed,
+    and of each expert what a method needs to begin. ``forwards`` are those of a run without it,
+    ``reusable`` the most of them that may be left out. ``reused`` are the steps (from 0) that will
+    be, where that is known beforehand; ``calibrated`` is false where it would be, if the model had
+    been measured."""
 
     cache: StepCache
     steps: int

@@ -250,8 +250,10 @@ def _measured(
     limit = limit_of(one, family, tokens if mask is None else 0)
     if not error <= limit:
         return replace(found, error=error, wrong=f"error above {limit}")
-    extra = extra_bytes_of(attend, *tensors) if device.is_cuda else None
-    milliseconds, clock = milliseconds_of(attend, *tensors)
+    # Events and counts of memory are those of torch's current GPU.
+    with torch.cuda.device_of(tensors[0]):
+        extra = extra_bytes_of(attend, *tensors) if device.is_cuda else None
+        milliseconds, clock = milliseconds_of(attend, *tensors)
     operations = 4 * batch * heads * tokens**2 * HEAD_DIM * (1 - left_out)
     best = peak.tflops(device.sm, tensors[0].device, one.bits, clock) if device.is_cuda else None
     tflops = operations / milliseconds / 1e9

@@ -74,24 +74,26 @@ def measure(
     """Each contestant on the same inputs. One that fails or is not right is not timed; where the
     baseline fails, the others are timed without an error."""
     inputs = random_inputs(setting.case, setting.device)
-    checked = []
-    reference: Tensor | None = None
-    for one in chosen:
-        told(one.name)
-        found, prediction = _checked(setting, one, inputs, reference)
-        if one.name == BASELINE:
-            reference = prediction
-        checked.append((one, found))
-    racing = [one for one, found in checked if found.wrong is None]
-    times, clocks = _in_turns(racing, inputs, rounds)
-    results = []
-    for one, found in checked:
-        if found.wrong is None:
-            found = _timed(setting, found, one, statistics.median(times[one.name]))
-            found = replace(found, clock_mhz=clocks.get(one.name))
-            if profiled and setting.device.is_cuda:
-                found = _profiled(found, one, inputs)
-        results.append(found)
+    # Events and counts of memory are those of torch's current GPU.
+    with torch.cuda.device_of(inputs["hidden_states"]):
+        checked = []
+        reference: Tensor | None = None
+        for one in chosen:
+            told(one.name)
+            found, prediction = _checked(setting, one, inputs, reference)
+            if one.name == BASELINE:
+                reference = prediction
+            checked.append((one, found))
+        racing = [one for one, found in checked if found.wrong is None]
+        times, clocks = _in_turns(racing, inputs, rounds)
+        results = []
+        for one, found in checked:
+            if found.wrong is None:
+                found = _timed(setting, found, one, statistics.median(times[one.name]))
+                found = replace(found, clock_mhz=clocks.get(one.name))
+                if profiled and setting.device.is_cuda:
+                    found = _profiled(found, one, inputs)
+            results.append(found)
     return list(_compared(results))
 
 

@@ -35,6 +35,13 @@ def test_what_is_not_finite_stays_so() -> None:
     assert finite.tolist() == [False, False, True]
 
 
+def test_rows_too_small_for_a_scale_are_zeros() -> None:
+    x = torch.zeros(2, 256)
+    x[0, 3], x[1, 5] = 1e-37, 1e-20
+    found = fp8_linear.quantize_rows(x)
+    assert (found.data.float() * found.scale).equal(x * torch.tensor([[0.0], [1.0]]))
+
+
 def nvfp4(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight = random(rows, columns, seed=1) * 0.05
     weight[0, :16] = 0

@@ -86,7 +86,8 @@ def store_fp8(data, scale, values, PARTS: tl.constexpr, COLUMNS: tl.constexpr, B
     for part in tl.static_range(1, PARTS):
         largest = tl.maximum(largest, tl.abs(values[part]))
     top = tl.max(largest, 0)
-    step = tl.where(top > 0, top / _HIGHEST, 1.0)
+    # Rows of zeros, and those so small that their factor would overflow, are stored as zeros.
+    step = tl.where(top > 1e-30, top / _HIGHEST, 1.0)
     tl.store(scale, step)
     factor = 1.0 / step
     for part in tl.static_range(PARTS):

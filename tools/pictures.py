@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 PROMPTS = (
-    "a red ball rolls to the right",
-    "a yellow star moves up",
-    "a large blue heart grows",
-    "一个绿色的三角形向下移动",
+    "a red ball rolls to the right on a navy background",
+    "a yellow star bounces and a blue ring moves in a circle on a brown background",
+    "a large pink heart grows on a beige background",
+    "青色背景上，一个绿色的三角形向下移动，一个白色的方块变大",
 )
 SHOWN = 6
 SIDE = 160

@@ -240,7 +240,7 @@ NAMES = re.compile(
     r"English|Hugging Face|A14B|json|JSON|mp4|PSNR|SSIM|dB|cpu|cuda|float\d+|bfloat\d+|none|"
     r"fp[48]_scaled|low-vram|balanced|quality|Ctrl|x|n|Intel\(R\)[^·\n]*|AMD[^·\n]*|K|"
     r"emulated\.\w+|torch\.unpacked|flow-euler|dpm\+\+2m|Linux|Python|diffusers|sm_\d+|doctor|pip|h|min|s|"
-    r"attention\S*|steps\S*|emulate\S*|Xeon.*|Processor|AMX|VNNI",
+    r"radial|sta|easy|mag|attention\S*|steps\S*|emulate\S*|Xeon.*|Processor|AMX|VNNI",
 )
 
 

@@ -13,7 +13,7 @@ from sagewan.errors import UnsupportedError
 from sagewan.evaluate.run import Evaluation, evaluate
 from sagewan.model.matmul import unpacked
 from sagewan.pipeline import generate
-from sagewan.pipeline.recover import _rejected
+from sagewan.pipeline.recover import rejected
 from sagewan.plan import linear
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.plan import make_plan
@@ -95,7 +95,7 @@ def test_the_way_to_multiply_is_named_with_the_way_out() -> None:
         request = Request(prompt="a cat", quantization=quantization, attention="sdpa")
         hardware = machine("H100", triton="3.6")
         plan = make_plan(request, WAN_14B, hardware, Evidence())
-        return str(_rejected(plan, failure))  # type: ignore[arg-type]
+        return str(rejected(plan, failure))  # type: ignore[arg-type]
 
     assert "multiplied as fp8 e4m3 × fp8 e4m3; try" in said("fp8_scaled")
     assert said("fp8_scaled").endswith("--quantization none")

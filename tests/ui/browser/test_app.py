@@ -167,6 +167,16 @@ def test_nothing_runs_without_a_prompt_or_with_an_untaught_word(visit: Open) -> 
     assert page.locator("#sw-live .sw-empty-art").count() == 1
 
 
+def draft_is_kept(page: Page) -> None:
+    """Wait until what the browser keeps of the draft has been the same for half a second."""
+    same = """() => {
+        const now = JSON.stringify(localStorage), before = window.keptBefore;
+        window.keptBefore = now;
+        return now === before;
+    }"""
+    page.wait_for_function(same, polling=500)
+
+
 def test_a_picture_that_is_none_is_refused_and_a_real_one_starts_a_video(
     visit: Open, tmp_path: Path
 ) -> None:
@@ -180,6 +190,7 @@ def test_a_picture_that_is_none_is_refused_and_a_real_one_starts_a_video(
     page.click("#sw-go")
     page.wait_for_selector("#sw-summary >> text=is not a picture")
     assert page.locator("#sw-live .sw-empty-art").count() == 1
+    draft_is_kept(page)
     page.reload()
     # Its field is folded away again, so that the line under the button says it.
     page.wait_for_selector("#sw-summary >> text=is not a picture")

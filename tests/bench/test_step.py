@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from sagewan.bench import contestants as field
 from sagewan.bench.case import TINY, case_of
 from sagewan.bench.contestants import BASELINE, Contestant, Setting, contestants, random_inputs
 from sagewan.bench.step import measure
-from sagewan.model import matmul
+from sagewan.model import block, matmul
 from sagewan.pipeline.probe import probe
 
 
@@ -68,6 +69,23 @@ def test_what_is_named_is_what_multiplies(
     assert one.products == "fp8 e4m3 × fp8 e4m3"
     one.predict(random_inputs(setting.case, setting.device))
     assert len(calls) == 8, "all of a block's matrices but the text's keys and values"
+
+
+def test_the_texts_keys_are_those_of_the_first_pass_and_timed_apart(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+    real = block.text_keys
+
+    def counted(*arguments: Any) -> Any:
+        computed.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(block, "text_keys", counted)
+    baseline, ours = measure(setting, chosen(setting, ("none",), ("sdpa",)), rounds=3)
+    assert len(computed) == 1
+    assert baseline.text_ms is None
+    assert (ours.text_ms or 0) > 0
 
 
 def test_one_that_is_wrong_or_fails_is_not_timed(setting: Setting) -> None:

@@ -91,7 +91,14 @@ def test_the_text_fits_80_columns_and_names_every_mode(
     assert max(len(line) for line in text.splitlines()) <= 80
     for row in catalogue.ROWS:
         assert (row.name in text) == (not row.emulated)
-    for words in ("sageattn_3_fp4", "→ sdpa", "needs an NVIDIA GPU", "torch"):
+    for words in (
+        "sagewan.fused_block",
+        "sagewan.block",
+        "sageattn_3_fp4",
+        "→ sdpa",
+        "needs an NVIDIA GPU",
+        "torch",
+    ):
         assert words in text
 
 

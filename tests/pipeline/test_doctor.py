@@ -5,6 +5,7 @@ import json
 import pytest
 
 from sagewan.pipeline.doctor import Diagnosis, diagnose
+from sagewan.plan.blocks import BlockRow
 from sagewan.plan.catalogue import Implementation, Problem
 from sagewan.plan.evidence import SelfTest
 from sagewan.plan.hardware import Device, Hardware
@@ -30,7 +31,9 @@ class Clinic:
         self.failing = {name.replace("__", "."): value for name, value in failing.items()}
         self.asked: list[str] = []
 
-    def __call__(self, row: Implementation, device: Device, problem: Problem) -> SelfTest:
+    def __call__(
+        self, row: Implementation | BlockRow, device: Device, problem: Problem
+    ) -> SelfTest:
         self.asked.append(row.name)
         return SelfTest(
             implementation=row.name,
@@ -69,7 +72,23 @@ def test_on_an_h100_each_installed_row_is_tried_once_torch_first() -> None:
         "comfy_kitchen.int8_attention",
         "sagewan.sageattn_3",
         "sagewan.sageattn_3_fp8",
+        "sagewan.fused_block",
     ]
+
+
+def test_ways_to_run_blocks_are_tried_too_and_the_last_needs_no_test() -> None:
+    crashed = Objection("self-test-crashed", {"error": "no such instruction"})
+    diagnosis = examined(FULL, sagewan__fused_block=crashed)
+    tried = {block.row.name: block for block in diagnosis.blocks}
+    assert [tried[name].objection for name in ("sagewan.fused_block", "sagewan.block")] == [
+        crashed,
+        None,
+    ]
+    hopper = tried["sagewan.fused_block_hopper"]
+    assert hopper.objection is not None
+    assert hopper.objection.code == "package-missing"
+    passing = next(b for b in examined(FULL).as_dict()["blocks"] if b["name"].endswith("_block"))
+    assert (passing["passed"], passing["error"], passing["fused"]) == (True, 0.002, True)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +97,7 @@ def test_on_an_h100_each_installed_row_is_tried_once_torch_first() -> None:
 def test_rows_are_tried_in_what_the_device_runs_by_default(hardware: Hardware, dtype: str) -> None:
     asked: list[Problem] = []
 
-    def tester(row: Implementation, device: Device, problem: Problem) -> SelfTest:
+    def tester(row: Implementation | BlockRow, device: Device, problem: Problem) -> SelfTest:
         asked.append(problem)
         return Clinic()(row, device, problem)
 

@@ -18,7 +18,8 @@ from sagewan.bench.case import Case
 from sagewan.bench.floor import Arithmetic
 from sagewan.checkpoint.quantize import pack
 from sagewan.errors import UnsupportedError
-from sagewan.model.attention import Attention
+from sagewan.model.attention import Attention, KeysValues
+from sagewan.model.block import text_keys
 from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier, QuantLinear
 from sagewan.pipeline.denoise import turn_of
@@ -45,7 +46,8 @@ class Contestant:
     """One way to compute a step. ``weights`` is the quantization, ``products`` what multiplies what
     in the feed-forward, ``attention`` and ``blocks`` the rows' names, ``chunks`` how many tokens
     and heads go at a time; ``during`` the context of a pass; ``limit`` the most error against the
-    baseline."""
+    baseline. ``keeps_text``: the text's keys and values are those of the first pass, as in a run.
+    """
 
     name: str
     model: Any
@@ -57,6 +59,7 @@ class Contestant:
     during: Callable[[], AbstractContextManager[object]] = nullcontext
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
     limit: float = _SAME
+    keeps_text: bool = False
 
     def predict(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """One pass: the prediction [1, C, F, H, W]."""
@@ -71,6 +74,18 @@ class Contestant:
             return self.predict(inputs)
         finally:
             self.model.blocks = blocks
+
+    def text(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The text as the blocks attend to it, [1, 512, W]."""
+        with torch.no_grad():
+            text = inputs["encoder_hidden_states"]
+            embedded: Tensor = self.model.condition_embedder.text_embedder(text)
+        return embedded
+
+    def text_keys(self, text: Tensor) -> KeysValues:
+        """Its keys and values in the block, as the first pass computes them."""
+        with torch.no_grad():
+            return text_keys(self.model.blocks[0].attn2, text)
 
     @property
     def block_bytes(self) -> int:
@@ -214,6 +229,7 @@ def _ours(stored: Any, plan: Plan, mode: str) -> Contestant:
         during=partial(attention.during, turn),
         arithmetic=arithmetic,
         limit=_SAME + _WEIGHTS[stored_as] + _ATTENTION.get(mode, 0.0),
+        keeps_text=turn.known is not None,
     )
 
 

@@ -9,7 +9,7 @@ from sagewan.plan.request import NO_QUANTIZATION
 
 TOKENS = (8_000, 16_000, 32_000, 64_000, 125_000, 250_000)
 TOKENS_ON_CPU = (96, 192, 384)
-_ROUNDS = 3
+ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ def grow(
     tokens: Sequence[int],
     quantization: str,
     modes: Sequence[str],
+    *,
+    rounds: int = ROUNDS,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Growth]:
     """diffusers, ours with nothing quantised, and ours quantised so with the last of these modes
@@ -42,7 +44,7 @@ def grow(
         chosen, _ = contestants(at, (), stored, tuple(dict.fromkeys(("sdpa", *modes))))
         # The baseline, the first of ours, and the last.
         racing = [chosen[0], chosen[1], *chosen[2:][-1:]]
-        for found in measure(at, racing, rounds=_ROUNDS, profiled=False):
+        for found in measure(at, racing, rounds=rounds, profiled=False):
             if found.step_seconds is not None:
                 points.setdefault(found.name, []).append((at.case.tokens, found.step_seconds))
     return [fitted(name, found) for name, found in points.items()]

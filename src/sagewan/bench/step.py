@@ -30,7 +30,9 @@ _GUIDED = 2  # passes of a step: with the prompt, and without
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """One contestant. ``layer_ms`` is of one block, ``ends_ms`` of all that is outside the blocks;
-    ``of_floor`` the share of the time that the arithmetic would take at the listed rates;
+    ``text_ms`` what of a block is computed once a run and is not in ``layer_ms``: the keys and
+    values of one text, None where each pass computes them; ``of_floor`` the share of the time that
+    the arithmetic would take at the listed rates;
     ``extra_bytes`` the memory of a pass beyond the weights, of which a block has ``block_bytes``;
     ``stages`` the milliseconds of a layer, ``kernels`` those of its longest. None where that can't
     be known. ``wrong`` says why it was not timed."""
@@ -44,6 +46,7 @@ class Measured:
     error: float | None = None
     layer_ms: float | None = None
     ends_ms: float | None = None
+    text_ms: float | None = None
     step_seconds: float | None = None
     over_eager: float | None = None
     over_compiled: float | None = None
@@ -120,11 +123,23 @@ def _checked(
         extra = _extra_bytes(one, inputs) if setting.device.is_cuda else None
         one.ends(inputs)
         ends = statistics.median(_milliseconds(one.ends, inputs)[0] for _ in range(3))
+        text_ms = _text_ms(one, inputs) if one.keeps_text else None
     except Exception as failure:  # a rival may fail in any way; it is told, not hidden
         if is_out_of_memory(failure):
             torch.cuda.empty_cache()
         return replace(found, wrong=one_line(failure)), None
-    return replace(found, error=error, extra_bytes=extra, ends_ms=ends), prediction
+    found = replace(found, error=error, extra_bytes=extra, ends_ms=ends, text_ms=text_ms)
+    return found, prediction
+
+
+def _text_ms(one: Contestant, inputs: Mapping[str, Tensor]) -> float:
+    text = one.text(inputs)
+
+    def compute(_: Mapping[str, Tensor]) -> object:
+        return one.text_keys(text)
+
+    compute(inputs)
+    return statistics.median(_milliseconds(compute, inputs)[0] for _ in range(3))
 
 
 def _error(prediction: Tensor, reference: Tensor) -> float:
@@ -159,7 +174,7 @@ def _in_turns(
 
 
 def _milliseconds(
-    run: Callable[[Mapping[str, Tensor]], Tensor], inputs: Mapping[str, Tensor]
+    run: Callable[[Mapping[str, Tensor]], object], inputs: Mapping[str, Tensor]
 ) -> tuple[float, int | None]:
     """One call, and the multiprocessors' clock in MHz while it ran."""
     device = inputs["hidden_states"].device

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sagewan.plan.request import unknown_choice
@@ -25,6 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         module.add_arguments(command)
         command.set_defaults(measure=module.run)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that everything measured has."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N"
+    )
+    parser.add_argument("--emulate", action="store_true", help="emulated modes too, slow as it is")
 
 
 def run(arguments: argparse.Namespace) -> int:

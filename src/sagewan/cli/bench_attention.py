@@ -5,10 +5,9 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sagewan.cli.bench import about, chosen_of
+from sagewan.cli.bench import about, add_common_arguments, chosen_of
 from sagewan.cli.streams import say
 from sagewan.errors import RequestError
 from sagewan.plan.modes import MODES
@@ -44,11 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="such shares of the blocks of keys left out too, such as 0.5 0.75 0.9",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N"
-    )
-    parser.add_argument("--emulate", action="store_true", help="emulated modes too, slow as it is")
+    add_common_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,10 +4,9 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sagewan.cli.bench import about, chosen_of
+from sagewan.cli.bench import about, add_common_arguments, chosen_of
 from sagewan.cli.streams import say
 from sagewan.errors import RequestError
 from sagewan.plan.modes import AUTO, MODES
@@ -64,22 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="diffusers as it is (eager, always measured), with torch's FlashAttention 2 (fa2), "
         "with its blocks compiled (compiled); all on a GPU and eager on a CPU if left out",
     )
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of each: 5")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help="runs of each; 5 if left out, with --growth 3"
+    )
     parser.add_argument(
         "--growth",
         action="store_true",
         help="instead: seconds a step against tokens, from 8,000 to 250,000, of diffusers, ours in "
         "bf16, and the last of --quantizations with the last of --modes that runs here",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    parser.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N"
-    )
-    parser.add_argument("--emulate", action="store_true", help="emulated modes too, slow as it is")
+    add_common_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; 0, or 4 where one of our own was not right."""
+    _check_growth(arguments)
     modes = chosen_of(arguments.modes, "modes", tuple(MODES))
     quantizations = chosen_of(arguments.quantizations, "quantizations", _QUANTIZATIONS)
     _check_counts(arguments)
@@ -90,13 +88,23 @@ def run(arguments: argparse.Namespace) -> int:
     setting = _setting(arguments)
     say(_intended(setting))
     if arguments.growth:
-        report, code = _growth(setting, quantizations, modes)
+        report, code = _growth(setting, arguments, quantizations, modes)
     else:
         report, code = _table(setting, arguments, quantizations, modes)
     if arguments.json:
         with written_whole(arguments.json) as partial:
             partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return code
+
+
+def _check_growth(arguments: argparse.Namespace) -> None:
+    """RequestError for what --growth decides itself."""
+    for name in ("tokens", "frames", "rivals"):
+        value = getattr(arguments, name)
+        if arguments.growth and value is not None:
+            raise RequestError(
+                f"{name}={value}: --growth has lengths and rivals of its own; leave out one of both"
+            )
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
@@ -137,14 +145,15 @@ def _table(
     modes: Sequence[str],
 ) -> tuple[dict[str, object], int]:
     from sagewan.bench.contestants import contestants
-    from sagewan.bench.step import measure, rate_of
+    from sagewan.bench.step import ROUNDS, measure, rate_of
 
     default = ",".join(_RIVALS) if setting.device.is_cuda else "eager"
     rivals = chosen_of(arguments.rivals or default, "rivals", _RIVALS)
     chosen, refused = contestants(setting, rivals, quantizations, modes)
     for name, why in refused.items():
         say(f"{name} is left out: {why}")
-    found = measure(setting, chosen, rounds=arguments.rounds)
+    rounds = arguments.rounds or ROUNDS
+    found = measure(setting, chosen, rounds=rounds)
     rate = rate_of(setting)
     for line in _lines(found):
         print(line)
@@ -153,6 +162,8 @@ def _table(
     for blocks, chunks in dict.fromkeys((one.blocks, one.chunks) for one in found):
         tokens, heads = ("all" if count is None else f"{count:,}" for count in chunks)
         say(f"blocks of {blocks}: {tokens} tokens and {heads} heads at a time")
+    for line in _once_a_run(found):
+        say(line)
     if rate is not None:
         say(
             f"the floor is the arithmetic at the card's listed {rate.bits16:g} TFLOPS in 16 bit "
@@ -161,7 +172,7 @@ def _table(
     report = {
         **_about(setting),
         "peak_tflops": None if rate is None else asdict(rate),
-        "rounds": arguments.rounds,
+        "rounds": rounds,
         "left_out": refused,
         "work": _work(setting),
         "results": [asdict(one) for one in found],
@@ -170,16 +181,35 @@ def _table(
     return report, _WRONG if ours else 0
 
 
+def _once_a_run(found: Sequence["Measured"]) -> Iterator[str]:
+    """What of a layer the times leave out, and of whom they don't: later steps of a run do neither
+    more nor less than what is timed."""
+    kept = {one.weights: one.text_ms for one in found if one.text_ms is not None}
+    if kept:
+        each = ", ".join(f"{weights} {ms:.2f} ms" for weights, ms in kept.items())
+        yield (
+            "the text's keys and values, computed once a run, are not in it; for a layer and one "
+            f"text they take: {each}"
+        )
+    others = [one.name for one in found if one.wrong is None and one.text_ms is None]
+    if others:
+        yield f"in every pass they are computed by: {', '.join(others)}"
+
+
 def _growth(
-    setting: "Setting", quantizations: Sequence[str], modes: Sequence[str]
+    setting: "Setting",
+    arguments: argparse.Namespace,
+    quantizations: Sequence[str],
+    modes: Sequence[str],
 ) -> tuple[dict[str, object], int]:
-    from sagewan.bench.growth import TOKENS, TOKENS_ON_CPU, grow
+    from sagewan.bench.growth import ROUNDS, TOKENS, TOKENS_ON_CPU, grow
 
     tokens = TOKENS if setting.device.is_cuda else TOKENS_ON_CPU
-    found = grow(setting, tokens, quantizations[-1], modes, told=say)
+    rounds = arguments.rounds or ROUNDS
+    found = grow(setting, tokens, quantizations[-1], modes, rounds=rounds, told=say)
     for line in _growth_lines(found):
         print(line)
-    return {**_about(setting), "growth": [asdict(one) for one in found]}, 0
+    return {**_about(setting), "rounds": rounds, "growth": [asdict(one) for one in found]}, 0
 
 
 def _about(setting: "Setting") -> dict[str, object]:

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from sagewan.pipeline.doctor import Diagnosis, TriedMode, TriedRow
-    from sagewan.plan.hardware import Hardware
+    from sagewan.pipeline.doctor import Diagnosis, TriedBlock, TriedMode, TriedRow
+    from sagewan.plan.blocks import BlockRow
+    from sagewan.plan.catalogue import Implementation, Problem
+    from sagewan.plan.evidence import SelfTest
+    from sagewan.plan.hardware import Device, Hardware
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,25 +52,36 @@ def run(arguments: argparse.Namespace) -> int:
     return UnsupportedError.exit_code
 
 
+def _self_test(
+    row: "Implementation | BlockRow", device: "Device", problem: "Problem"
+) -> "SelfTest":
+    from sagewan.attention.self_test import self_test
+    from sagewan.plan.blocks import BlockRow
+
+    if not isinstance(row, BlockRow):
+        return self_test(row, device, problem)
+    from sagewan.model.block_self_test import self_test_block
+
+    return self_test_block(row, device, problem)
+
+
 def _diagnose(device_name: str) -> "Diagnosis":
     from rich.console import Console
 
     from sagewan.pipeline.doctor import diagnose
     from sagewan.pipeline.probe import probe
-    from sagewan.plan.catalogue import Implementation, Problem
-    from sagewan.plan.evidence import SelfTest
-    from sagewan.plan.hardware import Device
 
     hardware = probe()
     chosen = hardware.device(device_name)
     with Console(stderr=True).status("looking at this machine") as status:
 
-        def test_and_store(row: Implementation, device: Device, problem: Problem) -> SelfTest:
+        def test_and_store(
+            row: "Implementation | BlockRow", device: "Device", problem: "Problem"
+        ) -> "SelfTest":
             from sagewan.attention.cache import store
-            from sagewan.attention.self_test import self_test
 
             status.update(f"testing {row.name} on {device.name}")
-            test = self_test(row, device, problem)
+            test = _self_test(row, device, problem)
             store(test, device, hardware, problem)
             return test
 
@@ -87,6 +101,8 @@ def _show(diagnosis: "Diagnosis") -> None:
     console.print(_mode_table(diagnosis))
     console.print()
     console.print(_row_table(diagnosis))
+    console.print()
+    console.print(_block_table(diagnosis))
     for sentence, names in _refusals(diagnosis).items():
         console.print(Text.assemble((", ".join(names), "bold"), f": {sentence}"))
     if diagnosis.advice:
@@ -98,7 +114,8 @@ def _show(diagnosis: "Diagnosis") -> None:
 def _refusals(diagnosis: "Diagnosis") -> dict[str, list[str]]:
     """Each objection with the implementations that have it."""
     refusals: dict[str, list[str]] = {}
-    for tried in diagnosis.rows:
+    everything: list[TriedRow | TriedBlock] = [*diagnosis.rows, *diagnosis.blocks]
+    for tried in everything:
         if tried.objection:
             refusals.setdefault(tried.objection.sentence(), []).append(tried.row.name)
     return refusals
@@ -182,15 +199,32 @@ def _row_table(diagnosis: "Diagnosis") -> "Table":
     return table
 
 
-def _numbers(tried: "TriedRow") -> tuple[str, ...]:
-    """Error, limit, milliseconds and speed against torch, as text; what failed is red."""
+def _block_table(diagnosis: "Diagnosis") -> "Table":
+    table = _table("Transformer blocks")
+    table.add_column("name", no_wrap=True)
+    table.add_column("with attention by", overflow="fold")
+    for column in ("error", "limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for tried in diagnosis.blocks:
+        table.add_row(tried.row.name, tried.row.prepares or "all", *_error(tried))
+    return table
+
+
+def _error(tried: "TriedRow | TriedBlock") -> tuple[str, str]:
+    """Error and limit as text; what failed is red."""
     if tried.objection and tried.error is None:
-        asked = tried.objection.code.startswith(("self-test", "import", "function"))
-        return ("[red]failed[/]" if asked else "[dim]no[/]", "", "", "")
+        asked = tried.objection.code.startswith(("self-test", "import", "function", "run-failed"))
+        return ("[red]failed[/]" if asked else "[dim]no[/]", "")
+    if tried.error is None:
+        return ("[green]runs[/]", "")
     style = "red" if tried.objection else "green"
+    return (f"[{style}]{tried.error:.2g}[/]", f"{tried.limit:.2g}")
+
+
+def _numbers(tried: "TriedRow") -> tuple[str, ...]:
+    """As :func:`_error`, with milliseconds and speed against torch."""
     return (
-        f"[{style}]{tried.error:.2g}[/]",
-        f"{tried.limit:.2g}",
+        *_error(tried),
         "" if tried.milliseconds is None else f"{tried.milliseconds:.3g}",
         "" if tried.speed is None else f"{tried.speed:.2f}×",
     )

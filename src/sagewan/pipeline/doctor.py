@@ -8,6 +8,7 @@ from sagewan import __version__
 from sagewan.errors import UnsupportedError
 from sagewan.pipeline.checkup import problems
 from sagewan.plan.attention import AttentionPlan, plan_attention
+from sagewan.plan.blocks import BlockRow, block_rows
 from sagewan.plan.catalogue import Implementation, Problem, rows_of
 from sagewan.plan.evidence import Evidence, SelfTest
 from sagewan.plan.hardware import Device, Hardware
@@ -21,7 +22,8 @@ BASELINE = "torch.sdpa"
 # Objections that installing a package would answer.
 _INSTALLABLE = ("package-missing", "package-version")
 
-SelfTester = Callable[[Implementation, Device, Problem], SelfTest]
+# Compares a row of attention's table, or of the blocks', with float64 or a block in float32.
+SelfTester = Callable[[Implementation | BlockRow, Device, Problem], SelfTest]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,17 @@ class TriedMode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TriedBlock:
+    """A way to run a transformer's blocks on this device. Without an objection it passed, or is
+    trusted without a test."""
+
+    row: BlockRow
+    objection: Objection | None
+    error: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnosis:
     """All that ``sagewan doctor`` says, as values."""
 
@@ -59,6 +72,7 @@ class Diagnosis:
     device: Device
     problems: tuple[str, ...]
     rows: tuple[TriedRow, ...]
+    blocks: tuple[TriedBlock, ...]
     modes: tuple[TriedMode, ...]
     advice: tuple[str, ...]
 
@@ -74,6 +88,7 @@ class Diagnosis:
             "problems": list(self.problems),
             "modes": [{**asdict(mode), "itself": mode.itself} for mode in self.modes],
             "implementations": [_row_as_dict(tried) for tried in self.rows],
+            "blocks": [_block_as_dict(tried) for tried in self.blocks],
             "advice": list(self.advice),
         }
 
@@ -81,8 +96,8 @@ class Diagnosis:
 def diagnose(hardware: Hardware, device: Device, self_test: SelfTester) -> Diagnosis:
     """Try every row that this device and these packages allow; plan each mode with the result.
 
-    ``self_test`` is called for each such row, torch's own first, in Wan's head size and the dtype
-    that runs on this device by default. Other rows are not imported.
+    ``self_test`` is called for each such row, torch's own first and then those of the blocks, in
+    Wan's head size and the dtype that runs on this device by default. Other rows are not imported.
     """
     problem = Problem(head_dim=HEAD_DIM, dtype=usual_dtype(device))
     evidence = Evidence()
@@ -98,6 +113,9 @@ def diagnose(hardware: Hardware, device: Device, self_test: SelfTester) -> Diagn
         device=device,
         problems=tuple(problems(hardware)),
         rows=tuple(_tried(row, refused, evidence) for row in _rows()),
+        blocks=tuple(
+            _tried_block(row, problem, device, hardware, self_test) for row in block_rows()
+        ),
         modes=tuple(_mode(name, problem, device, hardware, evidence) for name in (*MODES, AUTO)),
         advice=tuple(_advice(refused)),
     )
@@ -123,6 +141,16 @@ def _tried(row: Implementation, refused: Mapping[str, Objection], evidence: Evid
         milliseconds=test.milliseconds,
         speed=speed,
     )
+
+
+def _tried_block(
+    row: BlockRow, problem: Problem, device: Device, hardware: Hardware, self_test: SelfTester
+) -> TriedBlock:
+    objection = next(row.needs(problem.dtype, device, hardware), None)
+    if objection or row.trusted:
+        return TriedBlock(row=row, objection=objection)
+    test = self_test(row, device, problem)
+    return TriedBlock(row=row, objection=test.objection, error=test.error, limit=test.limit)
 
 
 def _mode(
@@ -158,6 +186,22 @@ def _advice(refused: Mapping[str, Objection]) -> list[str]:
     ]
 
 
+def _block_as_dict(tried: TriedBlock) -> dict[str, Any]:
+    return {
+        "name": tried.row.name,
+        "fused": tried.row.fused,
+        "attention": tried.row.prepares,
+        "passed": tried.objection is None,
+        "objection": _objection_as_dict(tried.objection),
+        "error": tried.error,
+        "limit": tried.limit,
+    }
+
+
+def _objection_as_dict(objection: Objection | None) -> dict[str, Any] | None:
+    return None if objection is None else {**asdict(objection), "sentence": objection.sentence()}
+
+
 def _row_as_dict(tried: TriedRow) -> dict[str, Any]:
     row, objection = tried.row, tried.objection
     return {
@@ -167,7 +211,7 @@ def _row_as_dict(tried: TriedRow) -> dict[str, Any]:
         "pv": row.pv,
         "package": row.package,
         "passed": objection is None,
-        "objection": objection and {**asdict(objection), "sentence": objection.sentence()},
+        "objection": _objection_as_dict(objection),
         "error": tried.error,
         "limit": tried.limit,
         "milliseconds": tried.milliseconds,

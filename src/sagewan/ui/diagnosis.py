@@ -16,6 +16,7 @@ def diagnosis_view(data: Mapping[str, Any], words: Words) -> dict[str, Any]:
         "machine": _machine(data["hardware"], words),
         "modes": [_mode(mode, words) for mode in data["modes"]],
         "rows": [_row(row, words) for row in data["implementations"]],
+        "blocks": [_block(block, words) for block in data["blocks"]],
         "advice": data["advice"],
         "text": json.dumps(data, indent=1, ensure_ascii=False),
     }
@@ -46,15 +47,25 @@ def _mode(mode: Mapping[str, Any], words: Words) -> dict[str, str]:
     return {"name": mode["name"], "here": here, "why": why}
 
 
+def _block(block: Mapping[str, Any], words: Words) -> dict[str, str]:
+    return {
+        "name": block["name"],
+        "attention": block["attention"] or words("doctor.any"),
+        "error": "" if block["error"] is None else f"{block['error']:.2g}",
+        "answer": _answer(block, words),
+    }
+
+
+def _answer(tried: Mapping[str, Any], words: Words) -> str:
+    objection = tried["objection"]
+    return words.sentence(objection["sentence"]) if objection else words("doctor.passed")
+
+
 def _row(row: Mapping[str, Any], words: Words) -> dict[str, str]:
-    objection = row["objection"]
-    answer = words("doctor.passed")
-    if objection:
-        answer = words.sentence(objection["sentence"])
     return {
         "name": row["name"],
         "formats": f"{words.format(row['qk'])} / {words.format(row['pv'])}",
         "error": "" if row["error"] is None else f"{row['error']:.2g}",
         "milliseconds": "" if row["milliseconds"] is None else f"{row['milliseconds']:.3g}",
-        "answer": answer,
+        "answer": _answer(row, words),
     }

@@ -1,19 +1,17 @@
-"""Quantised linear layers on one GPU: correct first, then times against bf16, bytes, conversion.
+"""Quantised linear layers on one GPU: correct first, then times against bf16, and bytes.
 
-    python -m benchmarks.linear [--json FILE] [--checkpoint-gb 28] [--skip times|bytes|checkpoint]
+    python -m benchmarks.linear [--json FILE] [--skip times|few|bytes]
 
-Times are medians of CUDA events after a warm-up, everything between the bf16 input and the bf16
-output included. One row is timed as a captured graph: so small a layer's time is else that of the
-Python which starts it.
+Times are medians of CUDA events around captured graphs, the ways to multiply in turns, everything
+between the bf16 input and the bf16 output included: so the GPU's time alone is measured, as in a
+run, where launches are queued ahead. Of few rows every call reads another copy of the weight, as a
+model's layers do; beside the GPU's time stands that of calls one after the other without a graph.
 """
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -41,38 +39,56 @@ WAYS: dict[str, tuple[str, Callable[..., Tensor], float]] = {
     "fp4, unpacked to 16 bit": ("nvfp4", matmul.nvfp4_unpacked, 0.01),
     "fp8, unpacked to 16 bit": ("float8_e4m3fn", matmul.unpacked, 0.01),
 }
-THIN = {"fp8_scaled": "float8_e4m3fn", "fp4_scaled": "nvfp4"}
+FEW = (1, 2, 4, 8, 16)
 # What is promised, against bf16 in the same run.
-WANTED = {("fp8_scaled", TOKENS): 1.6, ("fp4_scaled", TOKENS): 1.5}
+WANTED = {"fp8_scaled": 1.6, "fp4_scaled": 1.5}
+# More than the GPU's caches hold.
+_COPIES_BYTES = 300e6
+Runs = dict[str, list[Callable[[], Any]]]
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = 20) -> float:
-    """The median of single runs, after three that warm up."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def captured(run: Callable[[], Any], count: int = 20) -> Callable[[], None]:
-    """A graph of ``count`` calls."""
+def captured(runs: list[Callable[[], Any]]) -> Callable[[], None]:
+    """A graph of these calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
+        for _ in range(2):
+            runs[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(count):
+        for run in runs:
             run()
     return graph.replay
+
+
+def in_turns(runs: Runs, rounds: int = 9) -> dict[str, float]:
+    """Milliseconds of a call of each, the median over rounds in which each has its turn."""
+    replays = {name: captured(calls) for name, calls in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 2):
+        for name, replay in replays.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            if turn >= 2:  # two that warm up
+                times[name].append(start.elapsed_time(end) / len(runs[name]))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def called(runs: list[Callable[[], Any]], rounds: int = 5) -> float:
+    """Milliseconds of a call, many one after the other as Python makes them."""
+    taken = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(4):
+            for run in runs:
+                run()
+        torch.cuda.synchronize()
+        taken.append((time.perf_counter() - start) / (4 * len(runs)) * 1e3)
+    return statistics.median(taken)
 
 
 def assert_correct(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor, limit: float) -> float:
@@ -85,58 +101,85 @@ def assert_correct(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor, limit
 
 
 def timings() -> list[dict[str, Any]]:
+    """Many rows."""
     rows = []
     for inputs, outputs in SHAPES:
-        weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) / inputs**0.5
-        bias = torch.randn(outputs, device="cuda", dtype=torch.bfloat16)
-        for tokens in (TOKENS, 1):
-            x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
-            rows += _of_shape(x, weight, bias)
-        del weight
+        weight, bias = _layer(inputs, outputs)
+        x = torch.randn(TOKENS, inputs, device="cuda", dtype=torch.bfloat16)
+        runs: Runs = {"bf16": [partial(F.linear, x, weight, bias)] * 2}
+        errors = {}
+        for name, (format_, function, limit) in WAYS.items():
+            packed = pack(weight, format_)
+            errors[name] = _error(partial(function, x, packed, bias), x, packed, bias, limit)
+            runs[name] = [partial(function, x, packed, bias)] * 2
+        times = in_turns(runs)
+        for name, error in errors.items():
+            wanted = WANTED.get(name) if inputs != 13824 else None
+            rows.append(_row((TOKENS, inputs, outputs), name, times, wanted) | {"error": error})
+        del runs, packed, weight
         torch.cuda.empty_cache()
     return rows
 
 
-def _of_shape(x: Tensor, weight: Tensor, bias: Tensor) -> list[dict[str, Any]]:
-    tokens = x.shape[0]
-    outputs, inputs = weight.shape
-
-    def timed(run: Callable[[], Any]) -> float:
-        return milliseconds(run) if tokens > 1 else milliseconds(captured(run)) / 20
-
-    base = timed(lambda: F.linear(x, weight, bias))
-    ways = WAYS if tokens > 1 else {k: (f, matmul.thin, 0.01) for k, f in THIN.items()}
+def few() -> list[dict[str, Any]]:
+    """A few rows, whose time is that of reading the weight."""
     rows = []
-    for name, (format_, function, limit) in ways.items():
-        packed = pack(weight, format_)
-        stored = unpack(packed, torch.float32)
-        error = assert_correct(function(x, packed, bias), x, stored, bias, limit)
-        del stored
-        own = timed(partial(function, x, packed, bias))
-        wanted = WANTED.get((name, tokens)) if tokens > 1 else 1.0
-        if inputs == 13824:
-            wanted = None
-        rows.append(
-            {
-                "tokens": tokens,
-                "inputs": inputs,
-                "outputs": outputs,
-                "way": name,
-                "implementation": function.__name__,
-                "bf16_ms": base,
-                "ms": own,
-                "ratio": base / own,
-                "wanted": wanted,
-                "error": error,
-            }
-        )
-        print(
-            f"[{tokens}×{inputs}→{outputs}] {name:24} {own:8.4f} ms, bf16 {base:8.4f} ms: "
-            f"{base / own:5.2f}×{'' if wanted is None else f' (wanted {wanted})'}, "
-            f"error {error:.4f}",
-            flush=True,
-        )
+    for inputs, outputs in SHAPES:
+        copies = [_layer(inputs, outputs) for _ in range(round(_COPIES_BYTES / inputs / outputs))]
+        for count in FEW:
+            x = torch.randn(count, inputs, device="cuda", dtype=torch.bfloat16)
+            runs: Runs = {"bf16": [partial(F.linear, x, w, bias) for w, bias in copies]}
+            errors = {}
+            for name in ("fp8_scaled", "fp4_scaled"):
+                packed = [pack(w, WAYS[name][0]) for w, _ in copies]
+                runs[name] = [
+                    partial(matmul.thin, x, p, bias)
+                    for p, (_, bias) in zip(packed, copies, strict=True)
+                ]
+                errors[name] = _error(runs[name][0], x, packed[0], copies[0][1], 0.01)
+            runs["fp8_scaled, input rounded too"] = [
+                partial(matmul.fp8_rows, x, pack(w, "float8_e4m3fn"), bias) for w, bias in copies
+            ]
+            times = in_turns(runs)
+            calls = {name: called(run) for name, run in runs.items()}
+            for name in (name for name in runs if name != "bf16"):
+                wanted = 1.0 if count == 1 and name in errors else None
+                row = _row((count, inputs, outputs), name, times, wanted)
+                row |= {"bf16_called_ms": calls["bf16"], "called_ms": calls[name]}
+                print(f"    called: {calls['bf16'] / calls[name]:.2f}× ({calls[name]:.4f} ms)")
+                rows.append(row | {"error": errors.get(name)})
     return rows
+
+
+def _layer(inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16) / inputs**0.5
+    return weight, torch.randn(outputs, device="cuda", dtype=torch.bfloat16)
+
+
+def _error(run: Callable[[], Tensor], x: Tensor, packed: Any, bias: Tensor, limit: float) -> float:
+    return assert_correct(run(), x, unpack(packed, torch.float32), bias, limit)
+
+
+def _row(
+    sizes: tuple[int, int, int], name: str, times: dict[str, float], wanted: float | None
+) -> dict[str, Any]:
+    tokens, inputs, outputs = sizes
+    base, own = times["bf16"], times[name]
+    print(
+        f"[{tokens}×{inputs}→{outputs}] {name:29} {own:8.4f} ms, bf16 {base:8.4f} ms: "
+        f"{base / own:5.2f}×{'' if wanted is None else f' (wanted {wanted})'}",
+        flush=True,
+    )
+    return {
+        "tokens": tokens,
+        "inputs": inputs,
+        "outputs": outputs,
+        "way": name,
+        "bf16_ms": base,
+        "ms": own,
+        "ratio": base / own,
+        "wanted": wanted,
+    }
 
 
 def parts() -> list[dict[str, Any]]:
@@ -153,7 +196,7 @@ def parts() -> list[dict[str, Any]]:
             "FP4 to FP8": partial(unpack_e4m3, fp4.data, fp4.scale, fp4.shape),
         }
         for name, run in steps.items():
-            took = milliseconds(run)
+            took = in_turns({name: [run] * 2})[name]
             rows.append({"part": name, "inputs": inputs, "outputs": outputs, "ms": took})
             print(f"  {name} [{TOKENS}×{inputs}→{outputs}]: {took:.4f} ms", flush=True)
     return rows
@@ -200,125 +243,10 @@ def on_the_gpu() -> list[dict[str, Any]]:
     return rows
 
 
-class _Peak:
-    """The most host memory that is this process's own (not a file's pages) while a block runs."""
-
-    def __enter__(self) -> "_Peak":
-        self.before = self.most = _own_memory()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.05):
-            self.most = max(self.most, _own_memory())
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.most = max(self.most, _own_memory())
-
-
-def _own_memory() -> int:
-    """Bytes of anonymous memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def make_checkpoint(folder: Path, gigabytes: float) -> int:
-    """Shards of a transformer in bf16 with Wan 14B's widths, of as many blocks as that takes; the
-    bytes. Blocks share their numbers: only the first is drawn, on the GPU."""
-    from sagewan.plan.layers import block_layers
-
-    model = PUBLISHED["wan2.1-t2v-14b"]
-    width = model.heads * model.head_dim
-    layers = block_layers(model)
-    each = sum(layer.outputs * layer.inputs for layer in layers) * 2
-    blocks = max(1, round(gigabytes * 1e9 / each))
-    numbers = {
-        layer.name: (torch.randn(layer.shape, device="cuda") * 0.02).bfloat16().cpu()
-        for layer in layers
-    }
-    small = {
-        **{f"{layer.name}.bias": torch.zeros(layer.outputs).bfloat16() for layer in layers},
-        **{f"attn{a}.norm_{n}.weight": torch.ones(width).bfloat16() for a in (1, 2) for n in "qk"},
-        "norm2.weight": torch.ones(width),
-        "norm2.bias": torch.zeros(width),
-        "scale_shift_table": torch.zeros(1, 6, width),
-    }
-    per_shard = max(1, round(5e9 / each))
-    places: dict[str, str] = {}
-    total = 0
-    for first in range(0, blocks, per_shard):
-        tensors = {}
-        for block in range(first, min(first + per_shard, blocks)):
-            tensors |= {f"blocks.{block}.{k}.weight": x for k, x in numbers.items()}
-            tensors |= {f"blocks.{block}.{k}": x for k, x in small.items()}
-        name = f"diffusion_pytorch_model-{first:05}.safetensors"
-        _save(folder / name, tensors)
-        places |= dict.fromkeys(tensors, name)
-        total += (folder / name).stat().st_size
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    return total
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    from sagewan.checkpoint.writer import Slot, Writer
-
-    slots = [Slot(name, x.dtype, tuple(x.shape)) for name, x in tensors.items()]
-    with Writer(path, slots, {"format": "pt"}) as writer:
-        for tensor in tensors.values():
-            writer.append(tensor)
-        writer.finish()
-
-
-def checkpoint(gigabytes: float, folder: Path | None) -> list[dict[str, Any]]:
-    """Seconds and host memory to quantise a checkpoint of this size, read back and compared."""
-    from sagewan.checkpoint.convert import Conversion, convert
-    from sagewan.checkpoint.roles import TRANSFORMER
-    from sagewan.checkpoint.source import open_source
-
-    home = Path(tempfile.mkdtemp(prefix="sagewan-", dir=folder))
-    rows = []
-    try:
-        start = time.perf_counter()
-        (home / "source").mkdir()
-        size = make_checkpoint(home / "source", gigabytes)
-        print(f"made {size / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
-        source = open_source(home / "source", TRANSFORMER)
-        for to in ("fp8_scaled", "fp4_scaled"):
-            conversion = Conversion(to=to, layout="diffusers", device="cuda:0")
-            with _Peak() as peak:
-                start = time.perf_counter()
-                written = convert(source, home / to, conversion, lambda *_: None)
-                took = time.perf_counter() - start
-            grown = peak.most - peak.before
-            rows.append({"to": to, "source_bytes": size, "bytes": written.bytes,
-                         "seconds": took, "host_bytes": grown})  # fmt: skip
-            print(
-                f"{to}: {size / 1e9:.1f} GB → {written.bytes / 1e9:.1f} GB in {took:.1f} s, read "
-                f"back and compared; host memory grew by {grown / 1e9:.2f} GB; "
-                f"worst layer {written.worst(1)[0][1]:.4f}",
-                flush=True,
-            )
-            shutil.rmtree(home / to)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--checkpoint-gb", type=float, default=28.0)
-    parser.add_argument(
-        "--folder", type=Path, help="where the checkpoint is made (a temporary one)"
-    )
-    parser.add_argument("--skip", nargs="*", default=[], choices=["times", "bytes", "checkpoint"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["times", "few", "bytes"])
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this needs an NVIDIA GPU")
@@ -332,13 +260,14 @@ def main() -> None:
     if "times" not in arguments.skip:
         results["times"] = timings()
         results["parts"] = parts()
+    if "few" not in arguments.skip:
+        results["few"] = few()
     if "bytes" not in arguments.skip:
         results["bytes"] = on_the_gpu()
-    if "checkpoint" not in arguments.skip:
-        results["checkpoint"] = checkpoint(arguments.checkpoint_gb, arguments.folder)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-    short = [r for r in results.get("times", []) if r["wanted"] and r["ratio"] < r["wanted"]]
+    timed = [*results.get("times", []), *results.get("few", [])]
+    short = [r for r in timed if r["wanted"] and r["ratio"] < r["wanted"]]
     for row in short:
         print(f"below what is wanted: {row}")
 

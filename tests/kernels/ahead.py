@@ -60,6 +60,7 @@ _LAUNCHERS: tuple[Any, ...] = (
     thin_linear,
     token_rows,
     hopper_prepare,
+    launching,
 )
 _DIVISIBLE = [["tt.divisibility", 16]]
 
@@ -120,7 +121,8 @@ def record(sm: int, run: Callable[[], object]) -> list[Launch]:
 
     with ExitStack() as stack:
         for module in _LAUNCHERS:
-            stack.enter_context(mock.patch.object(module, "launch", note))
+            if hasattr(module, "launch"):
+                stack.enter_context(mock.patch.object(module, "launch", note))
             if hasattr(module, "compute_capability"):
                 stack.enter_context(mock.patch.object(module, "compute_capability", capability))
         run()

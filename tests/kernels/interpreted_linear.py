@@ -60,11 +60,19 @@ def test_fp4_weights_are_unpacked_to_the_bit(rows: int, columns: int) -> None:
     assert small.equal(exact)
 
 
-@pytest.mark.parametrize("count", [1, 3, 16])
-def test_few_rows(count: int) -> None:
-    x, bias = random(count, 272).half(), random(48).half()
-    weight, data, scale, tensor_scale = nvfp4(48, 272)
-    found = thin_linear.thin_nvfp4(x, data, scale, tensor_scale, (48, 272), bias)
+@pytest.mark.parametrize(
+    ("count", "outputs", "columns", "native"),
+    [(1, 48, 272, False), (3, 48, 1040, True), (2, 144, 272, True), (16, 48, 272, False)],
+)
+def test_few_rows(
+    count: int, outputs: int, columns: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both ways to read e4m3: by its bits, and as hardware of 8.9 and newer does.
+    monkeypatch.setattr(thin_linear, "compute_capability", lambda _: 89 if native else 80)
+    x, bias = random(count, columns).half(), random(outputs).half()
+    weight, data, scale, tensor_scale = nvfp4(outputs, columns)
+    shape = (outputs, columns)
+    found = thin_linear.thin_nvfp4(x, data, scale, tensor_scale, shape, bias)
     stored = kitchen.unpack_nvfp4(data, scale, tensor_scale)
     expected = F.linear(x.float(), stored, bias.float())
     assert (found.float() - expected).norm() / expected.norm() < 1e-3

@@ -1,12 +1,15 @@
 """What the launchers refuse, each in one sentence, and how the rows lead to them."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from sagewan.attention.resolve import load, name_of
 from sagewan.errors import ShapeError
-from sagewan.kernels.launch import block_of, check
+from sagewan.kernels import launch as launching
+from sagewan.kernels.launch import Repeated, Schedule, block_of, check
 from sagewan.plan.catalogue import Problem, row_named, rows_of
 from sagewan.plan.hardware import Device, Hardware
 
@@ -107,3 +110,36 @@ def test_fp4_wants_a_newer_triton_on_12_1(sm: int, found: str, code: str | None)
     assert (objection.code if objection else None) == code
     if objection:
         assert "3.8 or newer" in objection.sentence()
+
+
+def test_what_the_first_launch_compiled_is_called_from_then_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[str, object]] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: calls.append(("kept", (grid, *arguments)))
+
+    def first(_: object, grid: object, __: object, arguments: object, ___: object) -> Compiled:
+        calls.append(("looked up", grid))
+        return Compiled()
+
+    monkeypatch.setattr(launching, "launch", first)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    launch = Repeated(object(), Schedule(warps=4))
+    x = torch.zeros(64, dtype=torch.uint8)
+    here = x.device
+
+    def once(kind: int, x: Tensor) -> str:
+        launch(kind, (2, 1, 1), here, {"x": x, "N": 3})
+        return calls[-1][0]
+
+    assert once(1, x) == "looked up"
+    assert once(1, x) == "kept"
+    assert calls[-1][1] == ((2, 1, 1), x, 3)
+    assert once(2, x) == "looked up", "another kind is another program"
+    assert once(1, x[1:]) == "looked up", "an address that the program was not compiled for"
+    assert once(1, x) == "kept"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert once(1, x) == "looked up", "another device is the current one"

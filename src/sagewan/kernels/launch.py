@@ -1,8 +1,9 @@
 """The one place where a kernel is launched, and what every launcher checks first."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,16 +45,49 @@ def launch(
     device: torch.device,
     arguments: Mapping[str, object],
     schedule: Schedule,
-) -> None:
-    """Run ``kernel`` once for each place of ``grid`` on the device that holds its tensors."""
+) -> Any:
+    """Run ``kernel`` once for each place of ``grid`` on the device that holds its tensors → the
+    compiled kernel, None under the interpreter."""
     # Triton launches on the current device, whatever the tensors' own is.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](
+        return kernel[grid](
             **arguments,
             num_warps=schedule.warps,
             num_stages=schedule.stages,
             maxnreg=schedule.registers,
         )
+
+
+class Repeated:
+    """:func:`launch` of one kernel that runs for less time than Triton takes to look up what it
+    compiled: what the first launch of a kind gave is kept, and called from then on.
+
+    ``kind`` is whatever the compiled program follows from: dtypes, shapes, constants. The arguments
+    come in the order of the kernel's own.
+    """
+
+    def __init__(self, kernel: Any, schedule: Schedule) -> None:
+        self._kernel = kernel
+        self._schedule = schedule
+        self._compiled: dict[Hashable, Any] = {}
+
+    def __call__(
+        self,
+        kind: Hashable,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        arguments: Mapping[str, object],
+    ) -> None:
+        # A program that reads 16 bytes at once was compiled for addresses that allow it.
+        aligned = not any(x.data_ptr() % 16 for x in arguments.values() if isinstance(x, Tensor))
+        key = kind, device
+        compiled = self._compiled.get(key) if aligned else None
+        if compiled is None or device.index != torch.cuda.current_device():
+            compiled = launch(self._kernel, grid, device, arguments, self._schedule)
+            if aligned and compiled is not None:
+                self._compiled[key] = compiled
+        else:
+            compiled[grid](*arguments.values())
 
 
 def strided(name: str, x: Tensor) -> dict[str, object]:
@@ -62,6 +96,7 @@ def strided(name: str, x: Tensor) -> dict[str, object]:
     return dict(zip(names, (x, *x.stride()), strict=True))
 
 
+@cache
 def compute_capability(device: torch.device) -> int:
     """90 for compute capability 9.0; the interpreter on a CPU takes the oldest's configurations."""
     if device.type != "cuda":

@@ -1,7 +1,9 @@
 """x·Wᵀ for a few rows of x, in Triton: W is read once as it is packed, and unpacked in registers.
 
-With so few rows the time is that of reading W, so a smaller W is faster. The products are of 16-bit
-values, in which both formats are exact: the tensor's scale, or the row's, comes after the sum. For
+With so few rows the time is that of reading W, so a smaller W is faster, and rounding x as well
+would gain nothing: x stays in 16 bit, the products and their sums are float32, and the tensor's
+scale, or the row's, comes after the sum. A thread holds eight neighbouring columns of a few rows of
+W, whose values meet the same eight of each row of x; no memory is shared before the last sum. For
 8.0 and newer; W's sides are multiples of 16.
 """
 
@@ -14,13 +16,15 @@ from torch import Tensor
 
 from sagewan.errors import ShapeError
 from sagewan.kernels import nvfp4_unpack
-from sagewan.kernels.launch import Schedule, launch
-from sagewan.kernels.nvfp4_unpack import e2m1, e4m3, swizzled
+from sagewan.kernels.launch import Repeated, Schedule, compute_capability
 
 MAX_ROWS = 16
-# The least that a tensor core's product takes; rows beyond x's are zeros.
-_M = 16
-_N, _K = 16, 256
+# Columns a step: eight a thread, 16 bytes of x.
+_K = 1024
+_WARPS = _K // 256
+# What the formats' values are multiplied by when their bits are read as float16's.
+_E4M3_BITS = tl.constexpr(256.0)
+_E2M1_BITS = tl.constexpr(16384.0)
 
 
 def thin_fp8(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,6 +58,9 @@ def _run(
     if rows > MAX_ROWS:
         raise ShapeError(f"{rows} rows: the kernel takes up to {MAX_ROWS}")
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    # The more rows of W a thread holds, the more products a loaded value of x serves; but each row
+    # of x wants a sum for each of them.
+    held = 8 if rows <= 4 else 4
     arguments = {
         "x": x.contiguous(),
         **weight,
@@ -62,19 +69,15 @@ def _run(
         "rows": rows,
         "outputs": outputs,
         "columns": columns,
-        "scale_blocks": triton.cdiv(columns, 64),
         "FP4": fp4,
-        "M": _M,
-        "N": _N,
+        "NATIVE": compute_capability(x.device) >= 89,
+        "M": triton.next_power_of_2(rows),
+        "N": held,
         "K": _K,
     }
-    launch(
-        _thin_linear_kernel,
-        (triton.cdiv(outputs, _N),),
-        x.device,
-        arguments,
-        Schedule(warps=4, stages=4),
-    )
+    grid = triton.cdiv(outputs, 128) * 128 // held, 1, 1
+    kind = fp4, rows, outputs, columns, x.dtype, None if bias is None else bias.dtype
+    _launch(kind, grid, x.device, arguments)
     return out
 
 
@@ -86,37 +89,119 @@ def _thin_linear_kernel(
     tensor_scale,  # [] float32 for FP4
     bias,  # [N] or None
     out,  # [M, N]
-    rows, outputs, columns, scale_blocks,
-    FP4: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    rows, outputs, columns,
+    FP4: tl.constexpr, NATIVE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    row = tl.arange(0, M)[:, None]
-    output = tl.program_id(0) * N + tl.arange(0, N)
-    total = tl.zeros((M, N), tl.float32)
+    # The block scales of rows 32 apart lie side by side, and so are read together.
+    first = tl.program_id(0) // (128 // N) * 128 + tl.program_id(0) % (128 // N) * (N // 4)
+    output = first + tl.arange(0, N) % (N // 4) + tl.arange(0, N) // (N // 4) * 32
+    eights = tl.arange(0, K // 8)
+    totals = ()
+    for _ in tl.static_range(M):
+        totals = totals + (tl.zeros((N, K // 8), tl.float32),)
     for start in range(0, columns, K):
-        column = start + tl.arange(0, K)
-        inputs = tl.load(
-            x + row * columns + column[None, :],
-            mask=(row < rows) & (column < columns)[None, :],
-            other=0.0,
-        )
-        inside = (output < outputs)[:, None] & (column < columns)[None, :]
+        eight = start // 8 + eights
+        inside = (output < outputs)[:, None] & (eight < columns // 8)[None, :]
+        offsets = output[:, None].to(tl.int64) * (columns // 8) + eight[None, :]
         if FP4:
-            place = (start // 2 + tl.arange(0, K // 2))[None, :]
-            whole = (output < outputs)[:, None] & (place < columns // 2)
-            offsets = output[:, None].to(tl.int64) * (columns // 2) + place
-            packed = tl.load(data + offsets, mask=whole, other=0).to(tl.int32)
-            where = swizzled(output[:, None], place // 8, scale_blocks)
-            factor = e4m3(tl.load(scale + where, mask=whole, other=0).to(tl.int32))
-            weight = tl.interleave(e2m1(packed >> 4) * factor, e2m1(packed & 15) * factor)
+            weight = _fp4(data, offsets, inside)
+            factor = _e4m3(_block_scales(scale, first, eight, columns, inside, N), NATIVE)
         else:
-            offsets = output[:, None].to(tl.int64) * columns + column[None, :]
-            weight = e4m3(tl.load(data + offsets, mask=inside, other=0).to(tl.int32))
-        total = tl.dot(inputs, tl.trans(weight.to(inputs.dtype)), total)
+            weight = _fp8(data, offsets, inside, NATIVE)
+        sums = ()
+        for m in tl.static_range(M):
+            places = m * columns + eight[:, None] * 8 + tl.arange(0, 8)[None, :]
+            mask = (eight < columns // 8)[:, None] & (m < rows)
+            inputs = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+            if FP4:
+                sums = sums + (totals[m] + _dot_of_eight(weight, inputs, K) * factor,)
+            else:
+                sums = sums + (totals[m] + tl.sum(weight * inputs[None], 2),)
+        totals = sums
     if FP4:
-        total *= tl.load(tensor_scale)
+        factors = tl.load(tensor_scale) * _E2M1_BITS
     else:
-        total *= tl.load(scale + output, mask=output < outputs, other=0.0)[None, :]
-    if bias is not None:
-        total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
-    places = row * outputs + output[None, :]
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=(row < rows) & (output < outputs))
+        factors = tl.load(scale + output, mask=output < outputs, other=0.0)
+    if not NATIVE:
+        factors *= _E4M3_BITS
+    for m in tl.static_range(M):
+        total = tl.sum(totals[m], 1) * factors
+        if bias is not None:
+            total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)
+        mask = (output < outputs) & (m < rows)
+        tl.store(out + m * outputs + output, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fp8(data, offsets, inside, NATIVE: tl.constexpr):
+    """Eights of e4m3 → float32 [N, K/8, 8]."""
+    places = (offsets * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
+    return _e4m3(tl.load(data + places, mask=inside[:, :, None], other=0), NATIVE)
+
+
+@triton.jit
+def _fp4(data, offsets, inside):
+    """Eights of e2m1 → float32 [N, K/8] of each of their columns, 2¹⁴ too small."""
+    places = (offsets * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
+    halves = tl.load(data.to(tl.pointer_type(tl.uint16)) + places, mask=inside[:, :, None], other=0)
+    low, high = tl.split(halves.to(tl.uint32))
+    word = low | (high << 16)
+    # float16 has e2m1's fields at bits 15 and 9 to 11, with a larger bias. The even columns are in
+    # the high nibbles; a pair of columns four apart lies 16 bits apart.
+    one, five = _halves(word << 12)
+    zero, four = _halves(word << 8)
+    three, seven = _halves(word << 4)
+    two, six = _halves(word)
+    return zero, one, two, three, four, five, six, seven
+
+
+@triton.jit
+def _halves(word):
+    """The e2m1 in bits 12 to 15 and that in bits 28 to 31."""
+    both = (word & 0x80008000) | ((word >> 3) & 0x0E000E00)
+    low = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _block_scales(scale, first, eight, columns, inside, N: tl.constexpr):
+    """The scale's bits for eights of the rows that a program has, [N, K/8]."""
+    block = eight // 2
+    row = first // 128 * tl.cdiv(columns, 64) * 512 + first % 128 * 16
+    # As swizzled() has it.
+    held = tl.arange(0, N) % (N // 4) * 16 + tl.arange(0, N) // (N // 4) * 4
+    where = held[:, None] + (row + block // 4 * 512 + block % 4)[None, :]
+    return tl.load(scale + where, mask=inside, other=0)
+
+
+@triton.jit
+def _dot_of_eight(weight, inputs, K: tl.constexpr):
+    """weight: float32 [N, K/8] of each of eight columns, inputs [K/8, 8] → [N, K/8]."""
+    even, odd = tl.split(inputs.reshape(K // 8, 2, 2, 2))
+    zeros, twos = tl.split(even)
+    ones, threes = tl.split(odd)
+    zero, four = tl.split(zeros)
+    one, five = tl.split(ones)
+    two, six = tl.split(twos)
+    three, seven = tl.split(threes)
+    total = weight[0] * zero[None] + weight[1] * one[None]
+    total += weight[2] * two[None]
+    total += weight[3] * three[None]
+    total += weight[4] * four[None]
+    total += weight[5] * five[None]
+    total += weight[6] * six[None]
+    return total + weight[7] * seven[None]
+
+
+@triton.jit
+def _e4m3(byte, NATIVE: tl.constexpr):
+    """A value of e4m3 as float32; where the hardware has none, 2⁸ too small."""
+    if NATIVE:
+        return byte.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+    bits = byte.to(tl.uint16)
+    bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+_launch = Repeated(_thin_linear_kernel, Schedule(warps=_WARPS))

@@ -169,7 +169,7 @@ ZH_SENTENCES: Mapping[str, str] = {
     "{} can't be read ({}): fetch it again": "{} 无法读取（{}）：请重新下载",
     "model={}: only its name is known, not its files": "model={}：只知道名字，没有文件",
     "unpacked before the product": "相乘前解包",
-    "unpacked in the kernel": "在内核中解包",
+    "16 bit × weight unpacked in the kernel": "16 位 × 在内核中解包的权重",
     "fp8 e4m3 × nvfp4 unpacked to fp8 e4m3": "fp8 e4m3 × nvfp4（解包为 fp8 e4m3）",
     "{} or newer (Blackwell)": "{} 或更新（Blackwell）",
     "{} or newer": "{} 或更新",

@@ -24,13 +24,15 @@ from sagewan.evaluate.world import NAMES, OF_OBJECT
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which clips to draw. `style` is one of world.STYLES."""
+    """Which clips to draw. `style` is one of world.STYLES; `size` is that of every object, any
+    if it is left out."""
 
     count: int
     objects: int
     frames: int
     side: int
     style: str = "plain"
+    size: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,4 +131,6 @@ def encode_scene(parts: sample.Parts, scene: world.Scene, recipe: Recipe) -> Ten
 def draw_scenes(recipes: Sequence[Recipe], seed: int) -> list[world.Scene]:
     """The training clips of each recipe: never a held-out combination."""
     generator = torch.Generator().manual_seed(seed)
-    return [world.sample_scene(r.count, generator, objects=r.objects) for r in recipes]
+    return [
+        world.sample_scene(r.count, generator, objects=r.objects, size=r.size) for r in recipes
+    ]

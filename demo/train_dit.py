@@ -59,11 +59,14 @@ def load_parts(options: argparse.Namespace) -> sample.Parts:
 
 
 def recipes_of(options: argparse.Namespace) -> list[Recipe]:
-    """Clips of the usual size with one object and with two; then the long ones."""
+    """Clips of the usual size with one object, two thirds of which are small since those are what
+    it learns last, and with two; then the long ones."""
     two, long_two = options.clips // 2, options.long_clips // 3
+    small = (options.clips - two) // 3
     usual, length = (options.frames, options.side), (options.long_frames, options.long_side)
     return [
-        Recipe(options.clips - two, 1, *usual),
+        Recipe(options.clips - two - small, 1, *usual),
+        Recipe(small, 1, *usual, size="small"),
         Recipe(two, 2, *usual),
         Recipe(options.long_clips - long_two, 1, *length),
         Recipe(long_two, 2, *length),
@@ -89,7 +92,7 @@ def encode_all(parts: sample.Parts, scenes: list, ids: list, recipes: list) -> t
     latents = [encode_scene(parts, s, r) for s, r in zip(scenes, recipes, strict=True)]
     usual, length = (
         Clips(torch.cat(latents[part]), torch.cat(ids[part]).to(device))
-        for part in (slice(0, 2), slice(2, 4))
+        for part in (slice(0, 3), slice(3, 5))
     )
     return usual, length
 

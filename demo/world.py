@@ -133,10 +133,19 @@ def make_scene(attributes: dict[str, Tensor], generator: torch.Generator) -> Sce
 
 
 def sample_scene(
-    count: int, generator: torch.Generator, *, unseen: bool = False, objects: int = 1
+    count: int,
+    generator: torch.Generator,
+    *,
+    unseen: bool = False,
+    objects: int = 1,
+    size: str | None = None,
 ) -> Scene:
-    """A random batch on the CPU; `unseen` draws only held-out combinations."""
-    return make_scene(draw_attributes(count, unseen, generator, objects), generator)
+    """A random batch on the CPU; `unseen` draws only held-out combinations; with `size` every
+    object has that one."""
+    attributes = draw_attributes(count, unseen, generator, objects)
+    if size:
+        attributes["size"].fill_(NAMES["size"].index(size))
+    return make_scene(attributes, generator)
 
 
 def paths(scene: Scene, frames: int) -> tuple[Tensor, Tensor]:

@@ -55,3 +55,9 @@ def test_hundreds_of_thousands_of_combinations():
     scene = scenes(300, objects=2)
     kinds = [scene.shape, scene.colour, scene.motion, scene.background[:, None]]
     assert len(torch.cat(kinds, 1).unique(dim=0)) > 295
+
+
+def test_a_size_is_that_of_every_object():
+    scene = scenes(64, size="small")
+    assert (scene.size == 0).all()
+    assert scene.radius.max() < scenes(64, size="large").radius.min()

@@ -131,6 +131,4 @@ def encode_scene(parts: sample.Parts, scene: world.Scene, recipe: Recipe) -> Ten
 def draw_scenes(recipes: Sequence[Recipe], seed: int) -> list[world.Scene]:
     """The training clips of each recipe: never a held-out combination."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        world.sample_scene(r.count, generator, objects=r.objects, size=r.size) for r in recipes
-    ]
+    return [world.sample_scene(r.count, generator, objects=r.objects, size=r.size) for r in recipes]

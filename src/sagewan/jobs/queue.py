@@ -91,11 +91,11 @@ class Queue(Store):
         chosen = states or tuple(State)
         places = ", ".join("?" for _ in chosen)
         rows = self._db.execute(
-            "SELECT * FROM jobs WHERE owner IS NOT NULL AND (?1 IS NULL OR owner = ?1) "  # noqa: S608 only question marks
+            "SELECT * FROM jobs WHERE owner IS NOT NULL AND (? IS NULL OR owner = ?) "  # noqa: S608 only question marks
             f"AND state IN ({places}) "
             "AND (variants IS NOT NULL) = COALESCE(?, variants IS NOT NULL) "
             "ORDER BY id DESC LIMIT ?",
-            (owner, *chosen, compares, limit),
+            (owner, owner, *chosen, compares, limit),
         )
         return [job_of(row) for row in rows]
 

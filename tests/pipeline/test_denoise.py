@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sagewan.attention.launch import Launcher
 from sagewan.errors import Cancelled
@@ -16,7 +14,7 @@ from sagewan.model.attention import Attention
 from sagewan.pipeline.build import build
 from sagewan.pipeline.conditions import Conditions, encode
 from sagewan.pipeline.decode import decode, decode_batch
-from sagewan.pipeline.denoise import NotFinite, denoise, expert_of, predict, start
+from sagewan.pipeline.denoise import NotFinite, denoise, predict, start
 from sagewan.pipeline.guard import FrameGuard
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.plan.budget import Chunks
@@ -110,18 +108,6 @@ def test_noise_is_that_of_the_seed_on_the_cpu(plan: Plan) -> None:
     assert torch.equal(start(plan).latents, expected)
     assert not torch.equal(start(replace(plan, seed=8)).latents, expected)
     start(replace(plan, seed=2**63 - 1))
-
-
-@given(time=st.floats(0, 1000), boundary=st.floats(0, 1))
-def test_the_first_expert_has_the_noisy_times(time: float, boundary: float) -> None:
-    class Stub:
-        class steps:  # noqa: N801
-            pass
-
-    Stub.steps.boundary = boundary
-    assert expert_of(time, Stub) == (0 if time >= boundary * 1000 else 1)
-    Stub.steps.boundary = None
-    assert expert_of(time, Stub) == 0
 
 
 @pytest.mark.parametrize("boundary", [0.0, 0.9, 1.0])

@@ -27,7 +27,7 @@ T2V, A14B = "wan2.1-t2v-1.3b", "wan2.2-t2v-a14b"
 
 
 def cached(plan: Plan, text: str) -> Plan:
-    return replace(plan, cache=plan_cache(StepCache.parse(text), plan.steps.count, 2))
+    return replace(plan, cache=plan_cache(StepCache.parse(text), plan.steps.passes))
 
 
 def walk(
@@ -35,7 +35,7 @@ def walk(
 ) -> tuple[list[Tensor], list[bool], Forwards]:
     """A cache along a straight line of latents: its answers, and which of them were computed."""
     forwards = Forwards()
-    plan = plan_cache(StepCache(method="easy", threshold=threshold), steps, 1)
+    plan = plan_cache(StepCache(method="easy", threshold=threshold), [1] * steps)
     reuse, answers, computed = Reuse(plan, forwards), [], []
     for step in range(steps):
         latents = torch.full((1, 4), 1 + step / steps)
@@ -78,7 +78,7 @@ def test_more_is_reused_where_more_may_change() -> None:
 
 def test_the_pass_without_the_prompt_follows_the_one_with_it() -> None:
     forwards = Forwards()
-    reuse = Reuse(plan_cache(StepCache(method="easy", threshold=1.0), 10, 2), forwards)
+    reuse = Reuse(plan_cache(StepCache(method="easy", threshold=1.0), [2] * 10), forwards)
     latents = torch.ones(1, 4)
     for step in range(10):
         before = forwards.reused

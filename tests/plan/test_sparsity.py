@@ -99,5 +99,10 @@ def test_what_is_left_out_takes_no_time() -> None:
 def test_too_few_tokens_are_told() -> None:
     tiny = plan_of(size=(64, 64), frames=5)
     assert any("leaves out nothing" in note for note in tiny.notes)
+    assert tiny.attention.main == plan_of(size=(64, 64), frames=5, sparsity=None).attention.main
+    # Rows that take no mask are not objected to: there is none.
+    flash = plan_of(size=(64, 64), frames=5, attention="sdpa").attention
+    assert flash.main.row.name == "torch.sdpa"
+    assert plan_of(attention="sdpa").attention.main.row.name != "torch.sdpa"
     sparsity = plan_to_json(plan_of(size=(1280, 720)))["sparsity"]
     assert (sparsity["blocks"], sparsity["kept"]) == (591, 148)

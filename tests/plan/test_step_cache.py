@@ -10,7 +10,7 @@ from sagewan.errors import RequestError
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.plan import make_plan
 from sagewan.plan.request import Request
-from sagewan.plan.serialize import plan_to_json
+from sagewan.plan.serialize import plan_to_json, settings_from_json, settings_of
 from sagewan.plan.speed import estimated_seconds
 from sagewan.plan.step_cache import StepCache, plan_cache
 from tests.machines import DEMO, WAN_14B, machine
@@ -34,7 +34,7 @@ def test_what_is_no_cache_is_refused_with_an_example(text: str) -> None:
 def test_the_first_and_last_steps_are_computed_and_the_rest_may_be_reused(
     steps: int, branches: int
 ) -> None:
-    plan = plan_cache(EASY, steps, branches)
+    plan = plan_cache(EASY, [branches] * steps)
     assert plan is not None
     free = [step for step in range(steps) if not plan.always(step)]
     assert plan.reusable == branches * len(free)
@@ -66,7 +66,7 @@ MAG = StepCache.parse("mag:0.06")
 
 
 def mag(magnitudes: list[float | None], text: str = "mag:0.06") -> tuple[int, ...]:
-    plan = plan_cache(StepCache.parse(text), len(magnitudes), 2, tuple(magnitudes))
+    plan = plan_cache(StepCache.parse(text), [2] * len(magnitudes), tuple(magnitudes))
     assert plan
     assert plan.reused is not None
     assert plan.reusable == 2 * len(plan.reused)
@@ -111,3 +111,41 @@ def test_what_was_not_measured_is_known_and_what_was_takes_less_time() -> None:
     names = [item.name for stage in plan.memory.stages for item in stage.items if item.device]
     assert "step cache" in names
     assert plan_to_json(plan)["cache"]["steps"] == [3, 4, 6, 7, 9]
+
+
+@given(st.sets(st.integers(1, 40)), st.integers(1, 40))
+def test_what_was_reused_is_read_as_it_is_written(steps: set[int], count: int) -> None:
+    named = ",".join(map(str, sorted(steps)))
+    if steps and max(steps) > count:
+        with pytest.raises(RequestError, match=r"such as easy:0\.05"):
+            StepCache.parse(f"mag:0.1@{named}/{count}")
+        return
+    cache = StepCache.parse(f"mag:0.1@{named}/{count}")
+    assert str(cache) == f"mag:0.1@{named}/{count}"
+    assert StepCache.parse(str(cache)) == cache
+
+
+@pytest.mark.parametrize("text", ["mag:0.1@", "mag:0.1@3", "mag:0.1@4,3/9", "easy:0.1@3/9"])
+def test_steps_that_no_run_reused_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="cache="):
+        StepCache.parse(text)
+
+
+def test_a_run_made_again_reuses_the_same_steps_whatever_was_measured_since() -> None:
+    request = Request(prompt="a red ball", attention="sdpa", steps=10, cache=MAG)
+    first = make_plan(request, WAN_14B, machine("H100"), Evidence(magnitudes=(None, *[1.0] * 9)))
+    assert first.cache
+    assert first.cache.reused
+    again = Request(**settings_from_json(settings_of(first)))
+    assert again.cache != MAG
+    for since in (None, (None, *[9.0] * 9)):
+        plan = make_plan(again, WAN_14B, machine("H100"), Evidence(magnitudes=since))
+        assert plan.cache
+        assert (plan.cache.reused, plan.cache.calibrated) == (first.cache.reused, True)
+        assert plan.cache.as_made == again.cache
+    # Of another number of steps nothing is recorded.
+    longer = replace(again, steps=12)
+    plan = make_plan(longer, WAN_14B, machine("H100"), Evidence(magnitudes=(None, *[9.0] * 11)))
+    assert plan.cache
+    assert plan.cache.reused == ()
+    assert any("names steps of a run of 10, and 12 will run" in note for note in plan.notes)

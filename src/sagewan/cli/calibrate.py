@@ -19,18 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, keep it, and say what a cache would reuse."""
     request = request_from(arguments, prompt=_PROMPT)
-    from sagewan.pipeline.calibrate import USUAL, calibrate
+    from sagewan.pipeline.calibrate import calibrate
 
     watch = Watch()
     with stopped_by_signals(watch), shown(watch):
         found = calibrate(request, watch)
-    cache = request.cache if request.cache and request.cache.method == USUAL.method else USUAL
     steps = found.plan.steps
     numbers = " ".join("–" if x is None else f"{x:.3f}" for x in found.magnitudes)
     print(
         f"{found.plan.model.name}, {counted(steps.count, 'step')}, shift {steps.shift:g}: {numbers}"
     )
-    reused = ", ".join(str(step + 1) for step in found.reused)
-    print(f"--cache {cache} reuses {len(found.reused)} of {steps.count} steps: {reused or 'none'}")
+    reused = ", ".join(str(step + 1) for step in found.reused) or "none"
+    print(f"--cache {found.cache} reuses {len(found.reused)} of {steps.count} steps: {reused}")
     print(f"kept in {found.path}")
     return 0

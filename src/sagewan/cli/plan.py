@@ -105,13 +105,13 @@ def _left_out(plan: Plan, sparsity: SparsityPlan) -> str:
 
 def _cached(cache: CachePlan) -> str:
     if not cache.calibrated:
-        return f"{cache.cache}: which steps are reused is for sagewan calibrate to measure"
+        return f"{cache.cache.rule}: which steps are reused is for sagewan calibrate to measure"
     if cache.reused is not None:
         steps = ", ".join(str(step + 1) for step in cache.reused)
-        told = f"{cache.cache}: {cache.reusable} of {cache.forwards} forwards reused"
+        told = f"{cache.cache.rule}: {cache.reusable} of {cache.forwards} forwards reused"
         return f"{told} (steps {steps})" if steps else told
     return (
-        f"{cache.cache}, the first {cache.first} and the last step always computed: at most "
+        f"{cache.cache.rule}, the first {cache.first} and the last step always computed: at most "
         f"{cache.reusable} of {cache.forwards} forwards reused"
     )
 

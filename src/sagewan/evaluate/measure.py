@@ -20,9 +20,9 @@ from sagewan.pipeline.decode import decode_batch
 from sagewan.pipeline.denoise import NotFinite, RowFailed, Snapshot, denoise, predict, start
 from sagewan.pipeline.metrics import decibels, similarities, square_errors
 from sagewan.pipeline.progress import Watch
-from sagewan.pipeline.schedulers import TRAIN_STEPS
 from sagewan.pipeline.session import Session
 from sagewan.pipeline.step_cache import Forwards
+from sagewan.plan.noise import TRAIN_STEPS
 from sagewan.plan.plan import Plan
 
 # The PSNR of a clip that is equal to its reference, byte for byte, so that a mean exists.

@@ -1,12 +1,13 @@
 """Measures what MagCache goes by: one video is denoised, and of each step it is noted how much its
 blocks add, against the step before. No video is written."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sagewan.errors import UnsupportedError
+from sagewan.errors import RequestError, UnsupportedError
 from sagewan.pipeline.decide import decide
 from sagewan.pipeline.magnitudes import store_magnitudes
 from sagewan.pipeline.progress import DECIDE, Watch
@@ -17,16 +18,19 @@ from sagewan.plan.step_cache import MAG, Magnitudes, StepCache, plan_cache
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+logger = logging.getLogger(__name__)
+
 # Its authors' for Wan.
 USUAL = StepCache(method=MAG, threshold=0.06)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """What was measured, for which plan, where it is kept, and which steps (from 0) the cache that
-    was asked for would reuse."""
+    """What was measured, for which plan, where it is kept, and which steps (from 0) the ``cache``
+    that was asked for would reuse."""
 
     plan: Plan
+    cache: StepCache
     magnitudes: Magnitudes
     path: Path
     reused: tuple[int, ...]
@@ -34,14 +38,20 @@ class Calibrated:
 
 def calibrate(request: Request, watch: Watch) -> Calibrated:
     """Measure the request's model for its steps, by one plan throughout: nothing is made again.
-    Raises as generate does, and UnsupportedError where an implementation fails."""
+    Raises as generate does, RequestError for a cache that goes by no measurements, and
+    UnsupportedError where an implementation fails."""
     from sagewan.checkpoint.find import find_model
     from sagewan.checkpoint.lora import find_loras
     from sagewan.pipeline.pictures import load_picture
     from sagewan.pipeline.probe import probe
 
     watch.stage(DECIDE)
-    cache = request.cache if request.cache and request.cache.method == MAG else USUAL
+    cache = _asked(request)
+    if request.sparsity:
+        logger.warning(
+            "sparsity %s is left out: a step cache is measured with dense attention",
+            request.sparsity,
+        )
     # What is reused is not measured.
     request = replace(request, cache=cache, sparsity=None)
     model = find_model(request.model)
@@ -53,10 +63,22 @@ def calibrate(request: Request, watch: Watch) -> Calibrated:
         name: load_picture(path, plan.grid_size, name) for name, path in paths.items() if path
     }
     magnitudes = _measured(plan, pictures, watch)
-    planned = plan_cache(cache, plan.steps.count, plan.steps.passes, magnitudes)
+    planned = plan_cache(cache, plan.steps.passes, magnitudes)
     path = store_magnitudes(plan, magnitudes)
     reused = planned.reused if planned and planned.reused else ()
-    return Calibrated(plan=plan, magnitudes=magnitudes, path=path, reused=reused)
+    return Calibrated(plan=plan, cache=cache, magnitudes=magnitudes, path=path, reused=reused)
+
+
+def _asked(request: Request) -> StepCache:
+    """The cache to measure for, whatever it recorded of an earlier run."""
+    if request.cache is None:
+        return USUAL
+    if request.cache.method != MAG:
+        raise RequestError(
+            f"cache={request.cache}: {request.cache.method} goes by no measurements; leave it out, "
+            f"or name the one that does, such as {USUAL}"
+        )
+    return replace(request.cache, recorded=None)
 
 
 def _measured(plan: Plan, pictures: "Mapping[str, Image]", watch: Watch) -> Magnitudes:

@@ -16,7 +16,8 @@ from sagewan.memory.placement import Place
 from sagewan.model.vae import encode as encode_pieces
 from sagewan.pipeline.build import Components
 from sagewan.plan.models import TEXT_TOKENS
-from sagewan.plan.plan import Plan, Steps
+from sagewan.plan.plan import Plan
+from sagewan.plan.steps import Steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image

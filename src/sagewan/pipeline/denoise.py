@@ -19,8 +19,9 @@ from sagewan.model.tiles import Tiles
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import Conditions
 from sagewan.pipeline.progress import Watch
-from sagewan.pipeline.schedulers import TRAIN_STEPS, Sampler, make_sampler
+from sagewan.pipeline.schedulers import Sampler, make_sampler
 from sagewan.pipeline.step_cache import NEGATIVE, PROMPT, Reuse, Scheduled, begin
+from sagewan.plan.noise import TRAIN_STEPS, expert_at
 from sagewan.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -101,13 +102,13 @@ def denoise(
         for step in range(state.step, turn.steps):
             before = Snapshot(step, latents, sampler.copy(), reuse.copy())
             turn.step, time = step, sampler.times[step]
-            index = expert_of(float(time), plan)
+            index = expert_at(float(time), plan.steps.boundary)
             lacking: str | None = None
             try:
                 forward = _Forward(expert(index), plan, conditions, turn)
                 passed = partial(reuse.forward, step, index)
                 with components.counted():
-                    prediction = forward.guided(latents, time, _guidance(index, plan), passed)
+                    prediction = forward.guided(latents, time, plan.steps.guidance(index), passed)
             except ImplementationError as failure:
                 raise RowFailed(before, failure) from failure
             except (RuntimeError, MemoryError) as error:
@@ -152,7 +153,9 @@ def predict(
         found = []
         for step, latents in points:
             turn.step, time = step, times[step]
-            forward = _Forward(expert(expert_of(float(time), plan)), plan, conditions, turn)
+            forward = _Forward(
+                expert(expert_at(float(time), plan.steps.boundary)), plan, conditions, turn
+            )
             found.append(forward.guided(latents, time, 1.0, _computed))
         return found
 
@@ -180,17 +183,6 @@ def latent_shape(plan: Plan) -> tuple[int, int, int, int, int]:
     model, (width, height) = plan.model, plan.grid_size
     frames = (plan.frames - 1) // model.temporal + 1
     return 1, model.latent_channels, frames, height // model.spatial, width // model.spatial
-
-
-def expert_of(time: float, plan: Plan) -> int:
-    """0 for the first transformer, which has the noisy times; 1 for the second, below them."""
-    boundary = plan.steps.boundary
-    return 0 if boundary is None or time >= boundary * TRAIN_STEPS else 1
-
-
-def _guidance(index: int, plan: Plan) -> float:
-    second = plan.steps.cfg_2
-    return plan.steps.cfg if index == 0 or second is None else second
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def cache_facts(plan: Plan, measured: Measured) -> dict[str, Any] | None:
     if plan.cache is None:
         return None
     return {
-        "requested": str(plan.cache.cache),
+        "requested": plan.cache.cache.rule,
         "forwards": measured.forwards.count,
         "reused": measured.forwards.reused,
         "steps": list(measured.forwards.steps()),

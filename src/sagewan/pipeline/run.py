@@ -29,7 +29,7 @@ from sagewan.pipeline.report import (
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.plan import Plan, make_plan
 from sagewan.plan.request import Request
-from sagewan.plan.serialize import plan_to_json, settings
+from sagewan.plan.serialize import plan_to_json, settings_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -240,7 +240,7 @@ class _Run:
             f"{request.prompt} (sagewan, {self.plan.model.name}, "
             f"attention {self.plan.attention.main.mode}, seed {self.plan.seed})"
         )
-        return metadata_of(settings(request), facts, summary)
+        return metadata_of(settings_of(self.plan), facts, summary)
 
     def _report(self, watch: Watch, video: Video, path: Path, *, rejected: bool) -> dict[str, Any]:
         """The report of a video that lies at ``path``; written where the request wants it."""

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Wan counts time from 0 to 1000 at every stage of its life.
-TRAIN_STEPS = 1000
+from sagewan.plan.noise import TRAIN_STEPS, original_grid
 
 
 @dataclass
@@ -58,11 +57,6 @@ def make_sampler(
     # Steps are taken in order from the first: two steps may share one rounded time.
     scheduler.set_begin_index(0)
     return Sampler(scheduler, generator, adds_noise=name == "lcm")
-
-
-def original_grid(steps: int) -> list[float]:
-    """The noise levels of the original Wan programs, before the shift: 1, 1 − 1/n, …, 1/n."""
-    return [1 - step / steps for step in range(steps)]
 
 
 def _unipc(shift: float) -> Any:

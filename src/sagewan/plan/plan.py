@@ -10,7 +10,7 @@ from sagewan.plan.catalogue import Problem
 from sagewan.plan.decoding import Decoding, plan_decoding
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB, Device, Hardware
-from sagewan.plan.lora import LoraFile, Schedule, taught_schedule
+from sagewan.plan.lora import LoraFile, taught_schedule
 from sagewan.plan.memory import MemoryPlan, Needs, plan_memory
 from sagewan.plan.memory_notes import memory_notes
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
@@ -18,6 +18,7 @@ from sagewan.plan.modes import AUTO, MODES, PRESETS, Preset, Quality
 from sagewan.plan.request import Request
 from sagewan.plan.sparsity import SparsityPlan, plan_sparsity
 from sagewan.plan.step_cache import CachePlan, plan_cache
+from sagewan.plan.steps import Steps, plan_steps
 from sagewan.plan.weights import (
     QUANTIZED_AS,
     Situation,
@@ -29,23 +30,6 @@ from sagewan.plan.words import check_words
 
 # The rotary table of Wan has 1024 positions a side; beyond this many tokens nothing was tried.
 MAX_TOKENS = 500_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steps:
-    """How the noise is removed. ``boundary`` is the noise level where the second expert starts."""
-
-    count: int
-    scheduler: str
-    shift: float
-    cfg: float
-    cfg_2: float | None
-    boundary: float | None
-
-    @property
-    def passes(self) -> int:
-        """Forward passes of a step: two where guidance compares with and without the prompt."""
-        return 2 if max(self.cfg, self.cfg_2 or 0.0) > 1 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +88,16 @@ def make_plan(
     grid_size = _on_grid(size, model)
     tokens = model.tokens(grid_size, frames)
     token_grid = model.token_grid(grid_size, frames)
-    steps = _steps(request, model, preset, taught_schedule(request.steps, loras))
+    steps = plan_steps(request, model, preset, taught_schedule(request.steps, loras))
     _check_tokens(tokens, size, frames)
     sparsity = plan_sparsity(request.sparsity, token_grid, steps.count)
-    cache = plan_cache(request.cache, steps.count, steps.passes, evidence.magnitudes)
+    cache = plan_cache(request.cache, steps.passes, evidence.magnitudes)
     problem = Problem(
-        head_dim=model.head_dim, dtype=dtype, keys=tokens, block_mask=sparsity is not None
+        head_dim=model.head_dim,
+        dtype=dtype,
+        keys=tokens,
+        # Where nothing is left out no kernel is given a mask, so none is asked for one.
+        block_mask=sparsity is not None and sparsity.leaves_out,
     )
     attention = plan_attention(
         request, preset, problem, device, hardware, evidence, layers=model.layers
@@ -126,7 +114,7 @@ def make_plan(
         tokens=tokens,
         weight_bytes=weights.bytes,
         lora_bytes=sum(file.nbytes for file in loras),
-        texts=2 if max(steps.cfg, steps.cfg_2 or 0) > 1 else 1,
+        texts=max(steps.passes),
         quantised_attention=any(MODES[c.mode].quality < Quality.EXACT for c in attention.choices),
         packed=weights.format is not None,
         file_backed=weights.format == model.quantized and not weights.unpacks,
@@ -225,55 +213,6 @@ def _on_grid(size: tuple[int, int], model: Model) -> tuple[int, int]:
     return -(-size[0] // across) * across, -(-size[1] // down) * down
 
 
-def _steps(request: Request, model: Model, preset: Preset | None, taught: Schedule | None) -> Steps:
-    usual = model.sampling
-    if model.experts == 1 and (request.cfg_2 is not None or request.boundary is not None):
-        raise RequestError(
-            f"cfg_2 and boundary are for models with two experts, and {model.name} has one"
-        )
-    count = preset.steps if preset and not model.is_demo else usual.steps
-    if taught:
-        count = taught.steps
-    count = request.steps or count
-    _check_ends(request, count)
-    cfg, cfg_2 = _guidance(request, model, taught)
-    shift, scheduler = (
-        (taught.shift, taught.scheduler) if taught else (usual.shift, usual.scheduler)
-    )
-    return Steps(
-        count=count,
-        scheduler=request.scheduler or scheduler,
-        shift=shift if request.shift is None else request.shift,
-        cfg=cfg,
-        cfg_2=cfg_2,
-        boundary=model.boundary if request.boundary is None else request.boundary,
-    )
-
-
-def _guidance(
-    request: Request, model: Model, taught: Schedule | None
-) -> tuple[float, float | None]:
-    """The guidance of the first expert, and of the second if there is one."""
-    usual, usual_2 = model.sampling.cfg, model.sampling.cfg_2
-    if taught:
-        usual = usual_2 = taught.cfg
-    cfg = usual if request.cfg is None else request.cfg
-    if model.experts == 1:
-        return cfg, None
-    # As diffusers: the second expert follows the first's guidance if only that is chosen.
-    default = usual_2 if request.cfg is None else request.cfg
-    return cfg, default if request.cfg_2 is None else request.cfg_2
-
-
-def _check_ends(request: Request, steps: int) -> None:
-    ends = request.attention_ends
-    if ends and ends.first + ends.last >= steps:
-        raise RequestError(
-            f"attention_ends={ends}: these are all {steps} steps, so that {request.attention} "
-            f"would never run; name fewer, or choose attention {ends.mode}"
-        )
-
-
 def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
     """What the user should know before it runs, in sentences."""
     yield from plan.model.notes
@@ -284,16 +223,13 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
         )
     yield from _lora_notes(plan)
     sparsity = plan.sparsity
-    if sparsity and sparsity.kept == sparsity.blocks:
+    if sparsity and not sparsity.leaves_out:
         yield (
             f"sparsity {sparsity.sparsity} leaves out nothing: {plan.tokens} tokens are too few "
             "blocks; choose a larger size or more frames"
         )
-    if plan.cache and plan.cache.calibrated and not plan.cache.reusable:
-        yield (
-            f"the step cache {plan.cache.cache} can leave out none of {plan.steps.count} steps: "
-            f"the first {plan.cache.first} and the last are always computed"
-        )
+    if plan.cache:
+        yield from _cache_notes(plan.cache)
     if plan.steps.scheduler == "lcm" and not any(file.schedule for file in plan.loras):
         yield "the scheduler lcm is for distilled checkpoints: others come out unfinished"
     yield from _weights_notes(plan)
@@ -303,6 +239,20 @@ def _notes(plan: Plan, preset: Preset | None) -> Iterator[str]:
         yield f"emulate changes nothing here: {plan.attention.main.mode} runs without emulation"
     if preset:
         yield from _preset_notes(plan, preset)
+
+
+def _cache_notes(plan: CachePlan) -> Iterator[str]:
+    cache, recorded = plan.cache, plan.cache.recorded
+    if recorded and recorded.count != plan.steps:
+        yield (
+            f"the step cache {cache} names steps of a run of {recorded.count}, and {plan.steps} "
+            "will run: what was measured for these decides"
+        )
+    if plan.calibrated and not plan.reusable:
+        yield (
+            f"the step cache {cache.rule} can leave out none of {plan.steps} steps: "
+            f"the first {plan.first} and the last are always computed"
+        )
 
 
 def _weights_notes(plan: Plan) -> Iterator[str]:

@@ -125,6 +125,13 @@ def settings(request: Request) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _OF_THE_RUN}
 
 
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """As :func:`settings`, and what was measured for the run: made again it reuses the same steps,
+    though the model may have been measured anew."""
+    request = plan.request
+    return settings(replace(request, cache=plan.cache.as_made) if plan.cache else request)
+
+
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """What was decided, for people and scripts; the same plan always gives the same JSON."""
     return {
@@ -187,7 +194,7 @@ def _sparsity(plan: SparsityPlan) -> dict[str, Any]:
 
 def _cache(cache: CachePlan) -> dict[str, Any]:
     return {
-        "requested": str(cache.cache),
+        "requested": cache.cache.rule,
         "first": cache.first,
         "last": cache.last,
         "forwards": cache.forwards,

@@ -67,13 +67,18 @@ class SparsityPlan:
     dense_layers: int
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether there is anything that a layer leaves out: a short video has too few blocks."""
+        return self.kept < self.blocks
+
+    @property
     def skipped(self) -> float:
         """The share of the blocks of keys that a sparse layer leaves out."""
         return 1 - self.kept / self.blocks
 
     def sparse_at(self, step: int) -> bool:
         """Whether anything is left out at this step (from 0)."""
-        return step >= self.dense_steps and self.kept < self.blocks
+        return self.leaves_out and step >= self.dense_steps
 
     def skipped_of_all(self, steps: Iterable[int], layers: int) -> float:
         """The share of the blocks of keys that is left out in all layers of all these steps."""

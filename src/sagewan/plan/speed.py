@@ -90,8 +90,7 @@ def estimated_seconds(plan: Plan) -> float | None:
     card = card_of(plan.device)
     if card is None:
         return None
-    rate, steps = RATES[card], plan.steps
-    passes = steps.count * steps.passes
+    rate, passes = RATES[card], sum(plan.steps.passes)
     if plan.cache and plan.cache.reused is not None:
         passes -= plan.cache.reusable
     swapped = plan.memory.block_swap * _block_bytes(plan)

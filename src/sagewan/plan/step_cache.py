@@ -7,8 +7,10 @@ that are much the same for every prompt, so that they are measured once and the 
 steps are reused.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from sagewan.errors import RequestError
 
@@ -27,31 +29,65 @@ _MOST_IN_A_ROW = 2
 Magnitudes = tuple[float | None, ...]
 
 
+# The steps that were reused, from 1, and how many there were: ``@4,6/20``.
+_RECORDED = re.compile(r"((?:\d+(?:,\d+)*)?)/(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The steps (from 0) that a run of ``count`` steps reused."""
+
+    steps: tuple[int, ...]
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Recorded | None":
+        found = _RECORDED.fullmatch(text)
+        if found is None:
+            return None
+        steps = tuple(int(number) - 1 for number in found[1].split(",") if number)
+        count = int(found[2])
+        rises = all(a < b for a, b in pairwise((-1, *steps, count)))
+        return cls(steps=steps, count=count) if rises else None
+
+    def __str__(self) -> str:
+        return f"{','.join(str(step + 1) for step in self.steps)}/{self.count}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepCache:
     """A cache and how much change it lets pass, written ``METHOD:THRESHOLD``; ``threshold`` is the
     share of the transformer's answer by which it may be off: for ``mag`` in sum over the steps that
-    are reused in a row."""
+    are reused in a row. ``recorded``, written ``@4,6/20`` behind it, are the steps of a run that is
+    made again: whatever has been measured since, they are reused."""
 
     method: str
     threshold: float
+    recorded: Recorded | None = None
 
     @classmethod
     def parse(cls, text: str) -> "StepCache":
-        method, _, number = text.partition(":")
+        method, _, rest = text.partition(":")
+        number, at, steps = rest.partition("@")
+        recorded = Recorded.parse(steps) if at and method == MAG else None
         try:
             threshold = float(number)
         except ValueError:
             threshold = -1.0
-        if method not in METHODS or not 0 < threshold <= 1:
+        if method not in METHODS or not 0 < threshold <= 1 or (at and recorded is None):
             raise RequestError(
                 f"cache={text}: write METHOD:THRESHOLD with a threshold above 0 and up to 1, such "
                 f"as easy:0.05 (methods: {', '.join(METHODS)})"
             )
-        return cls(method=method, threshold=threshold)
+        return cls(method=method, threshold=threshold, recorded=recorded)
+
+    @property
+    def rule(self) -> str:
+        """Without what was recorded: the same for a run and for one made again from it."""
+        return f"{self.method}:{self.threshold:.10g}"
 
     def __str__(self) -> str:
-        return f"{self.method}:{self.threshold:.10g}"
+        return self.rule if self.recorded is None else f"{self.rule}@{self.recorded}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +107,13 @@ class CachePlan:
     reused: tuple[int, ...] | None = None
     calibrated: bool = True
 
+    @property
+    def as_made(self) -> StepCache:
+        """The cache that makes the same video whatever is measured from now on."""
+        if self.reused is None or not self.calibrated:
+            return self.cache
+        return replace(self.cache, recorded=Recorded(steps=self.reused, count=self.steps))
+
     def always(self, step: int) -> bool:
         """Whether this step (from 0) is computed whatever happens."""
         return step < self.first or step >= self.steps - self.last
@@ -83,21 +126,26 @@ class CachePlan:
 
 
 def plan_cache(
-    cache: StepCache | None, steps: int, branches: int, magnitudes: Magnitudes | None = None
+    cache: StepCache | None, passes: Sequence[int], magnitudes: Magnitudes | None = None
 ) -> CachePlan | None:
-    """``branches`` are the forward passes of a step: 2 with guidance; ``magnitudes`` those that
+    """``passes`` are the forward passes of each step: 2 with guidance; ``magnitudes`` those that
     were measured for this model and these steps, None if they were not."""
     if cache is None:
         return None
+    steps = len(passes)
     first = max(_LEAST_FIRST, round(_FIRST_SHARE * steps))
-    plan = CachePlan(cache=cache, steps=steps, first=first, forwards=steps * branches)
+    plan = CachePlan(cache=cache, steps=steps, first=first, forwards=sum(passes))
     if cache.method == EASY:
-        free = sum(not plan.always(step) for step in range(steps))
-        return replace(plan, reusable=free * branches)
-    if magnitudes is None or len(magnitudes) != steps:
+        free = (step for step in range(steps) if not plan.always(step))
+        return replace(plan, reusable=sum(passes[step] for step in free))
+    recorded = cache.recorded
+    if recorded and recorded.count == steps:
+        reused = tuple(step for step in recorded.steps if not plan.always(step))
+    elif magnitudes is None or len(magnitudes) != steps:
         return replace(plan, reused=(), calibrated=False)
-    reused = tuple(_reused(plan, magnitudes))
-    return replace(plan, reused=reused, reusable=len(reused) * branches)
+    else:
+        reused = tuple(_reused(plan, magnitudes))
+    return replace(plan, reused=reused, reusable=sum(passes[step] for step in reused))
 
 
 def _reused(plan: CachePlan, magnitudes: Sequence[float | None]) -> Iterator[int]:

@@ -197,7 +197,9 @@ def _lines(plan: Plan, words: Words) -> list[tuple[str, str]]:
         lines.append((words("field.sparsity"), told))
     if plan.cache:
         reusable, forwards = plan.cache.reusable, plan.cache.forwards
-        told = words("plan.reusable", cache=plan.cache.cache, reusable=reusable, forwards=forwards)
+        told = words(
+            "plan.reusable", cache=plan.cache.cache.rule, reusable=reusable, forwards=forwards
+        )
         lines.append((words("field.cache"), told))
     seconds = estimated_seconds(plan)
     if seconds is not None:

@@ -95,6 +95,8 @@ ZH_SENTENCES: Mapping[str, str] = {
     "sparsity {} leaves out nothing: {} tokens are too few blocks; choose a larger size or more frames": "稀疏 {} 什么也没有略过：{} 个 token 的分块太少；请选择更大的尺寸或更多帧",
     "{} failed: {}; choose another --attention": "{} 失败：{}；请选择其他 --attention",
     "cache={}: {} was not measured for these steps; run sagewan calibrate {} first, or choose easy": "cache={}：{} 没有针对这些步测量过；请先运行 sagewan calibrate {}，或选择 easy",
+    "cache={}: {} goes by no measurements; leave it out, or name the one that does, such as {}": "cache={}：{} 不依据测量；请去掉它，或写出依据测量的缓存，例如 {}",
+    "the step cache {} names steps of a run of {}, and {} will run: what was measured for these decides": "步缓存 {} 列出的是一次 {} 步运行的步，而这次要运行 {} 步：由针对这些步的测量决定",
     "the step cache {} can leave out none of {} steps: the first {} and the last are always computed": "步缓存 {} 在 {} 步中一步也省不了：开头 {} 步和最后一步总要计算",
     "prompt is empty: say what the video should show": "prompt 为空：请写下视频要展示什么",
     "frames={}: Wan makes 4n+1 frames; try {}": "frames={}：Wan 生成 4n+1 帧；试试 {}",

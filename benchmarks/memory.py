@@ -18,6 +18,7 @@ gives what a process holds beyond torch's memory, as the case ``context`` finds 
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
     _HELD.update(context=arguments.context)
+    signal.signal(signal.SIGTERM, _cut_off)
     cases = {**_cards(arguments.layers), **_others()}
     if arguments.list:
         print("\n".join(cases))
@@ -138,6 +140,14 @@ def main() -> None:
     _table(found)
     if any("failed" in {*facts, facts.get("outcome", "")[:6]} for facts in found.values()):
         sys.exit(1)
+
+
+class _CutOffError(Exception):
+    """The time is over; what was seen so far is told."""
+
+
+def _cut_off(*_: object) -> None:
+    raise _CutOffError
 
 
 def _write(path: Path, found: Mapping[str, Any]) -> None:
@@ -241,7 +251,12 @@ def _run(decision: Decision, output: Path) -> tuple[str, Mapping[str, Any], list
     """The outcome in words, the report, and the plans: one, and one more for each shortage."""
     plans: list[Plan] = []
 
+    began = time.perf_counter()
+
     def note(event: Event) -> None:
+        if event.done in (0, 1, event.total):
+            now = time.perf_counter() - began
+            print(f"{now:7.1f} s {event.stage} {event.done}", file=sys.stderr, flush=True)
         _STAGE.update(now=event.stage)
         if event.plan:
             plans.append(event.plan)
@@ -256,6 +271,8 @@ def _run(decision: Decision, output: Path) -> tuple[str, Mapping[str, Any], list
         return f"rejected ({error})"[:80], report, plans
     except SagewanError as error:
         return f"failed ({error})", {}, plans
+    except _CutOffError:
+        return f"failed (cut off in {_STAGE['now']})", {}, plans
     assert output.exists()
     return "made", result.report, plans
 
@@ -544,8 +561,11 @@ def _text_encoder() -> Any:
 def _vae(model: Model, decoding: Decoding) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
+    # The means and deviations, of which the published ones have as many, are no matter here.
+    channels = model.latent_channels
+    plain = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
     with torch.device("meta"):
-        vae = AutoencoderKLWan(**VAES[model.name])
+        vae = AutoencoderKLWan(**VAES[model.name], **plain)
     _fill(vae, getattr(torch, decoding.dtype))
     # A quiet picture: noise takes longer to write than to make.
     vae.decoder.conv_out.weight.data *= 0.1

@@ -207,11 +207,13 @@ def _pipeline(card: Card, layers: int | None) -> dict[str, Any]:
                 outcome, report, plans = _run(decision, output)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    beyond = [used - torch.cuda.memory_reserved() for used in _of_process()]
     # The first plan is what `sagewan plan` says; where memory ran out, the last is what was done.
     memory, last = plan.memory, plans[-1].memory
     return {
         "outcome": outcome,
         "context": round(context / GIB, 3),
+        "beyond_torch_after": [round(nbytes / GIB, 3) for nbytes in beyond],
         "survived": len(plans) - 1,
         "planned": round(memory.device_peak / GIB, 3),
         "used": round(peak["device"] / GIB, 3),

@@ -11,6 +11,7 @@ from sagewan.memory.meter import Meter
 from sagewan.model import block
 from sagewan.model import vae as module
 from sagewan.model.attention import Attention, Turn
+from sagewan.model.fused import FusedBlock
 from sagewan.model.transformer import install
 from sagewan.plan import budget
 from sagewan.plan.budget import Chunks
@@ -69,6 +70,47 @@ def test_activations_of_the_transformer(
         transformer(latents, torch.empty(1, device="meta"), text)
     counted = budget.activations(model, model.tokens(size, frames), 2, chunks, quantised=False)
     assert LOW < counted / meter.peak < HIGH, (counted / meter.peak, meter.peak / 2**30)
+
+
+class Rounding(torch.nn.Linear):
+    """Multiplies by rows that it rounds to 8 bit, as products of quantised weights do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rounded = x.to(torch.int8)
+        y = super().forward(x)
+        del rounded
+        return y
+
+
+class NoKernels:
+    """What runs between the products of a fused block, where there is no GPU: it is in place."""
+
+    def run(self, *_: object, **__: object) -> None: ...
+
+
+@pytest.mark.parametrize("frames", [81, 121])
+@pytest.mark.parametrize("linear", [torch.nn.Linear, Rounding])
+def test_activations_of_a_fused_block_with_all_heads_at_once(
+    frames: int, linear: type[torch.nn.Linear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "scaled_dot_product_attention", lambda q, *_: q.clone())
+    name, (width, height) = "wan2.1-t2v-14b", (1280, 720)
+    model, transformer, attention = PUBLISHED[name], on_meta(name), NoAttention(Launcher())
+    for layer in transformer.blocks.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.__class__ = linear
+    install(transformer, attention, lambda *given: FusedBlock(*given, NoKernels()))  # type: ignore[arg-type]
+    tokens = model.tokens((width, height), frames)
+    chunks = budget.roomy_chunks(tokens)
+    turn = Turn(PLAN, 1, lambda: None, chunk=chunks.tokens, heads=chunks.heads)
+    shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
+    latents = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+    text = torch.empty(1, 512, 4096, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad(), attention.during(turn), Meter() as meter:
+        transformer(latents, torch.empty(1, device="meta"), text)
+    counted = budget.activations(model, tokens, 2, chunks, quantised=False)
+    # Whatever rounds them or not, there is room for it; never half as much again.
+    assert 1 <= counted / meter.peak < 1.5, (counted / meter.peak, meter.peak / 2**30)
 
 
 def on_meta(name: str) -> Any:

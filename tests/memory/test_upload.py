@@ -6,7 +6,7 @@ from sagewan.memory.upload import upload
 
 
 def test_every_tensor_arrives_whole_in_its_own_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_STAGE", 1000)
+    monkeypatch.setattr(module, "UPLOAD", 1000)
     monkeypatch.setattr(module, "_LEAST", 100)
     generator = torch.Generator().manual_seed(0)
     tensors = [

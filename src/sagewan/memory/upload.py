@@ -10,7 +10,8 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-_STAGE = 32 << 20
+from sagewan.plan.budget import UPLOAD, UPLOADS
+
 # What is smaller is not worth a buffer.
 _LEAST = 1 << 20
 
@@ -31,9 +32,9 @@ def upload(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
 
 def _send(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> None:
     on_gpu = device.type == "cuda"
-    buffers = [torch.empty(_STAGE, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+    buffers = [torch.empty(UPLOAD, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(UPLOADS)]
     sent: dict[int, torch.cuda.Event] = {}
-    for turn, (source, target) in zip(cycle(range(2)), _parts(pairs), strict=False):
+    for turn, (source, target) in zip(cycle(range(UPLOADS)), _parts(pairs), strict=False):
         if turn in sent:
             sent[turn].synchronize()
         buffer = buffers[turn][: len(source)]
@@ -51,4 +52,4 @@ def _parts(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Ten
     """The bytes of each pair, as many at a time as a buffer holds."""
     for source, target in pairs:
         of, to = (x.view(-1).view(torch.uint8) for x in (source, target))
-        yield from zip(of.split(_STAGE), to.split(_STAGE), strict=True)
+        yield from zip(of.split(UPLOAD), to.split(UPLOAD), strict=True)

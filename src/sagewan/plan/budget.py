@@ -28,6 +28,12 @@ FRAGMENTATION = 0.06
 VAE_FRAGMENTATION = 0.5
 # Python, torch, its libraries and the models' code, on the host.
 PROCESS = 1536 * MIB
+# Weights go to a GPU through two pinned buffers of this size, which torch keeps for the next.
+UPLOAD = 32 * MIB
+UPLOADS = 2
+# Pieces of the video in pinned memory at once, on their way from a GPU: one that is written, one
+# that waits, one that is made.
+_PIECES = 3
 
 # UMT5-XXL: its table of words, and one of its blocks, in parameters.
 _UMT5_WORDS = 256_384 * 4096
@@ -172,6 +178,10 @@ _PER_CHUNK = 15
 _PER_WHOLE = 38
 # Q, K, V and the hidden state.
 _ALIVE = 4
+# Where all heads are attended at once, Q, K and V are made of all tokens' input at once: that is
+# alive too, in 16 bit, and in the 8 bit that some products round it to.
+_INPUT = 1
+_ROUNDED = 1
 # What a quantised attention makes of the heads it attends: smoothed, rotated and packed copies.
 _QUANTISED_ATTENTION = 6
 
@@ -187,6 +197,8 @@ def activations(
     alive = _ALIVE * tokens * width * dtype_bytes
     per = _PER_WHOLE if chunks.tokens is None else _PER_CHUNK
     preparing = chunk * width * per * dtype_bytes // 2
+    if chunks.heads is None:
+        preparing = max(preparing, tokens * width * (_INPUT * dtype_bytes + _ROUNDED))
     attended = tokens * heads * model.head_dim
     attending = attended * (dtype_bytes + (_QUANTISED_ATTENTION if quantised else 0))
     feeding = chunk * (model.ffn * 2 * dtype_bytes + width * 10)
@@ -257,15 +269,24 @@ def decode_stage(
     pixels = (4 * (frames - 1) + 1) * rows * columns * model.spatial**2 * 3
     features = frames * rows * columns * costs.features * decoding.number_bytes // 4
     waiting = 0 if tile is None else features + pixels
+    sent = sent_bytes(shape, model, decoding) if on_device and tile is None else 0
     active = decode_bytes(model, (rows, columns), tile, decoding)
     return Stage(
         "decode",
         (
             *_placed("VAE", costs.weights * decoding.number_bytes // 4, 0, on_device=on_device),
             *_placed("activations", active, waiting, on_device=on_device),
+            Item("frames on their way", 0, sent, sent),
             Item("waiting transformer", staying),
         ),
     )
+
+
+def sent_bytes(shape: tuple[int, int, int], model: Model, decoding: Decoding) -> int:
+    """Pinned bytes through which frames leave a GPU; torch rounds each up to a power of two."""
+    _, rows, columns = shape
+    piece = decoding.at_once * model.temporal * rows * columns * model.spatial**2 * 3
+    return int(_PIECES * 2 ** (piece - 1).bit_length())
 
 
 def decode_bytes(
@@ -295,6 +316,7 @@ def with_overhead(stage: Stage, *, on_device: bool) -> Stage:
             *stage.items,
             Item("workspaces and fragmentation", int(lost * moving)),
             Item("CUDA context and libraries", CONTEXT + WORKSPACE),
+            Item("buffers of copies", 0, UPLOADS * UPLOAD, UPLOADS * UPLOAD),
             host,
         ),
     )

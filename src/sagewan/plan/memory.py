@@ -203,7 +203,8 @@ class _Planner:
         if not self._on_device or not total:
             return 0
         share = _PIN_SHARE.get(self.hardware.system, _USUAL_PIN_SHARE)
-        return max(0, int(min(share * total, free - budget.PROCESS)))
+        copies = budget.UPLOADS * budget.UPLOAD
+        return max(0, int(min(share * total, free - budget.PROCESS)) - copies)
 
     def _with_overhead(self, stage: Stage) -> Stage:
         return budget.with_overhead(stage, on_device=self._on_device)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sagewan.checkpoint.tensors import open_file
+from sagewan.checkpoint.containers import open_file
 from sagewan.checkpoint.writer import Slot, Writer
 from sagewan.memory.upload import upload
 

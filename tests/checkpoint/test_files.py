@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from sagewan.checkpoint.containers import open_file
 from sagewan.checkpoint.files import read_json, tensor_files
-from sagewan.checkpoint.tensors import open_file
 from sagewan.errors import CheckpointError
 from tests.published import empty_weights
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sagewan.checkpoint.containers import open_file
 from sagewan.checkpoint.experts import find_experts
 from sagewan.checkpoint.inspection import inspect
 from sagewan.checkpoint.packed import Packed, unpack
 from sagewan.checkpoint.source import open_source
-from sagewan.checkpoint.tensors import open_file
 from sagewan.errors import CheckpointError
 from tests import shrunken
 from tests.checkpoint import writers

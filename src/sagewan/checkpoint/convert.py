@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sagewan.checkpoint.containers import open_file
 from sagewan.checkpoint.names import original_transformer_name
 from sagewan.checkpoint.packed import Packed
 from sagewan.checkpoint.quantize import pack, relative_error
 from sagewan.checkpoint.roles import TRANSFORMER
 from sagewan.checkpoint.source import Entry, Source, open_source
-from sagewan.checkpoint.tensors import open_file
 from sagewan.checkpoint.writer import PARTIAL, Slot, Writer
 from sagewan.errors import CheckpointError, RequestError
 from sagewan.plan.weights import POLICIES, QUANTIZED_AS

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagewan.checkpoint.architecture import Architecture
+from sagewan.checkpoint.containers import open_file
 from sagewan.checkpoint.files import read_json
 from sagewan.checkpoint.infer import config_of
 from sagewan.checkpoint.roles import ROLES, TRANSFORMER
 from sagewan.checkpoint.source import Source, open_source
-from sagewan.checkpoint.tensors import open_file
 from sagewan.checkpoint.whole import check_whole
 from sagewan.errors import CheckpointError
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sagewan.checkpoint.tensors import TensorFile, open_file
+from sagewan.checkpoint.containers import open_file
+from sagewan.checkpoint.tensors import TensorFile
 from sagewan.errors import CheckpointError
 
 _INDEX = ".safetensors.index.json"

@@ -17,9 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sagewan.checkpoint.containers import open_file
 from sagewan.checkpoint.names import transformer_name
 from sagewan.checkpoint.places import LORAS, models_folder
-from sagewan.checkpoint.tensors import Stored, TensorFile, open_file
+from sagewan.checkpoint.tensors import Stored, TensorFile
 from sagewan.errors import CheckpointError, RequestError
 from sagewan.plan.layers import weight_shapes
 from sagewan.plan.lora import (

@@ -1,7 +1,6 @@
 """Files of tensors: what each holds and where, and its bytes mapped into memory when asked for.
 
-A file is known by its first bytes, never by its name: safetensors, GGUF, or a PyTorch archive.
-Only :meth:`TensorFile.tensor` and PyTorch archives need torch; listing the others does not.
+Only :meth:`TensorFile.tensor` needs torch.
 """
 
 import mmap
@@ -63,7 +62,7 @@ class Stored:
 @dataclass(eq=False)
 class TensorFile:
     """An open file of tensors, ``tensors`` by name. ``metadata`` is what its header says beside
-    them. :func:`open_file` makes it; it is not to be changed while it is in use."""
+    them. :func:`.containers.open_file` makes it; it is not to be changed while it is in use."""
 
     path: Path
     container: str
@@ -125,23 +124,6 @@ class TensorFile:
         return found
 
 
-def open_file(path: Path) -> TensorFile:
-    """The tensors of a file; CheckpointError, one sentence, for whatever else it is."""
-    start = _start(path)
-    if start.startswith(b"GGUF"):
-        from sagewan.checkpoint.gguf_header import read_gguf
-
-        return read_gguf(path)
-    if start.startswith(b"PK\x03\x04"):
-        from sagewan.checkpoint.archive import open_archive
-
-        return open_archive(path)
-    from sagewan.checkpoint.safetensors_header import read_safetensors
-
-    _refuse_other_files(start, path)
-    return read_safetensors(path)
-
-
 def all_tensors(files: Iterator[TensorFile] | list[TensorFile]) -> dict[str, Stored]:
     """The tensors of several files together; CheckpointError if two hold the same one."""
     found: dict[str, Stored] = {}
@@ -185,32 +167,3 @@ def check_places(file: TensorFile, begin: int, what: str = "its download is not 
             end, last = stored.offset + stored.nbytes, stored.name
     if end > size:
         raise CheckpointError(f"{file.path} has {size} of {end} bytes: {what}; fetch it again")
-
-
-def _start(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(512)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: fetch this file again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror})") from None
-
-
-def _refuse_other_files(start: bytes, path: Path) -> None:
-    """Name what people find in place of weights."""
-    text = start.lstrip().lower()
-    if not start:
-        raise CheckpointError(f"{path} is empty: it is not a safetensors file; fetch it again")
-    if b"version https://git-lfs".startswith(start[:23]):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(
-            f"{path} is a web page, not the weights: the site answered with an error or asked for "
-            "a login; fetch the file itself"
-        )
-    if start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05":
-        raise CheckpointError(
-            f"{path} is a bare pickle, which could run any code when opened: fetch the "
-            "safetensors file of this model"
-        )

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
@@ -22,16 +21,13 @@ def queue(own_folders: None) -> Iterator[Queue]:
 
 
 @pytest.fixture
-def client(own_folders: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+def client(own_folders: None) -> Iterator[TestClient]:
     """A visitor of a server that has no pages of gradio's, only what is ours."""
-    from sagewan.ui import server
+    from sagewan.ui.front import OURS, Front, Site
+    from sagewan.ui.server import make_app
 
-    monkeypatch.setattr(server, "LANGUAGES", ("en", "zh"))
-    monkeypatch.setattr(server.gr, "mount_gradio_app", lambda app, *_, **__: app)
-    monkeypatch.setattr(server, "build_page", lambda language: SimpleNamespace())
-    monkeypatch.setattr(server, "gradio_server", lambda app: None)
-    app = server.make_app(server.Site())
-    with TestClient(app, base_url="http://localhost", follow_redirects=False) as opened:
+    front = Front(Site(), {OURS: make_app})
+    with TestClient(front.app, base_url="http://localhost", follow_redirects=False) as opened:
         yield opened
 
 

@@ -15,7 +15,7 @@ import sagewan
 from sagewan.cli import main
 from sagewan.errors import RequestError
 from sagewan.ui import serve
-from sagewan.ui.serve import Address, Worker, free_address
+from sagewan.ui.serve import Address, Worker, listen
 
 UI = Path(sagewan.__file__).parent / "ui"
 
@@ -29,9 +29,19 @@ def taken() -> Iterator[int]:
 
 
 def test_a_busy_port_is_passed_over_unless_it_was_asked_for(taken: int) -> None:
-    assert free_address("127.0.0.1", None, first=taken).port > taken
+    with listen("127.0.0.1", None, first=taken) as listener:
+        assert listener.getsockname()[1] > taken
     with pytest.raises(RequestError, match=f"port={taken} is taken"):
-        free_address("127.0.0.1", taken)
+        listen("127.0.0.1", taken)
+
+
+def test_of_two_that_start_at_once_each_gets_a_port_of_its_own(taken: int) -> None:
+    with listen("127.0.0.1", None, first=taken) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(RequestError, match=f"port={port} is taken"):
+            listen("127.0.0.1", port)
+        with listen("127.0.0.1", None, first=taken) as second:
+            assert second.getsockname()[1] > port
 
 
 def test_the_address_is_one_that_a_browser_opens() -> None:
@@ -57,10 +67,12 @@ def test_what_the_command_refuses(
 
 
 def test_it_listens_to_this_machine_only_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[Address] = []
-    monkeypatch.setattr(serve, "serve", lambda address, *_: served.append(address))
+    served: list[str] = []
+    monkeypatch.setattr(
+        serve, "serve", lambda listener, *_: served.append(listener.getsockname()[0])
+    )
     assert main(["ui", "--no-browser"]) == 0
-    assert served[0].host == "127.0.0.1"
+    assert served == ["127.0.0.1"]
 
 
 def test_a_worker_that_dies_is_started_again_and_ends_with_its_parent(

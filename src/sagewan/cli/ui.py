@@ -33,12 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until it is stopped."""
-    from sagewan.ui.serve import free_address, serve
+    from sagewan.ui.front import Site
+    from sagewan.ui.serve import Address, listen, serve
+    from sagewan.ui.uploads import prepare_folder
 
     login = _login(arguments.auth or os.environ.get(_LOGIN))
     if arguments.share and login is None:
         raise RequestError("share opens this machine to the whole internet: give --auth as well")
-    address = free_address(arguments.host, arguments.port)
+    listener = listen(arguments.host, arguments.port)
+    address = Address(host=arguments.host, port=listener.getsockname()[1])
     loopback = arguments.host in _LOOPBACK and not arguments.share
     if login is None and not loopback:
         say("anyone who can reach this machine can use it: --auth asks for a password")
@@ -50,19 +53,10 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.share:
             threading.Thread(target=_share, args=(address.port,), daemon=True).start()
 
-    serve(address, lambda: _app(login, loopback), ready)
-    return 0
-
-
-def _app(login: tuple[str, str] | None, loopback: bool) -> object:
-    from sagewan.ui.quick_gradio import import_gradio
-    from sagewan.ui.uploads import prepare_folder
-
     prepare_folder()
-    import_gradio()
-    from sagewan.ui.server import Site, make_app
-
-    return make_app(Site(login=login, loopback=loopback))
+    with listener:
+        serve(listener, Site(login=login, loopback=loopback), ready)
+    return 0
 
 
 def _login(text: str | None) -> tuple[str, str] | None:

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,7 +13,7 @@ from sagewan.plan.models import DEMO
 from sagewan.plan.modes import AUTO, MODES
 from sagewan.plan.serialize import field_types
 from sagewan.ui.handlers import SLOTS, Handlers
-from sagewan.ui.templates import render
+from sagewan.ui.templates import render, static
 from sagewan.ui.widgets import Widgets, choices_now
 from sagewan.ui.words import LANGUAGES, Words
 
@@ -26,12 +24,6 @@ _EVENT: dict[str, Any] = {
     "api_visibility": "private",
 }
 _SLOT_FIELDS = ("attention", "quantization", "steps")
-
-
-@cache
-def static(name: str) -> str:
-    """A file of this package as text."""
-    return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
 
 
 def build_page(language: str) -> gr.Blocks:

@@ -1,4 +1,4 @@
-"""Starts the app: a free port, the worker beside it, and the end of both."""
+"""Starts the app: a port, the pages, the worker beside them, and the end of all."""
 
 import contextlib
 import logging
@@ -10,15 +10,24 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sagewan.errors import RequestError
 from sagewan.jobs.records import default_path
 from sagewan.ui.downloads import DOWNLOADS
+from sagewan.ui.front import OURS, Front, Site
+from sagewan.ui.words import LANGUAGES
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 logger = logging.getLogger(__name__)
 
 _TRIES = 20
+# Visitors who may come at once before the first is served.
+_WAITING = 128
 # Seconds that a worker gets to put its job back; a step of a large model may take a minute.
 _GRACE = 30.0
 # A worker that dies at once, again and again, is not helped by more tries.
@@ -38,17 +47,21 @@ class Address:
         return f"http://{host}:{self.port}/"
 
 
-def free_address(host: str, port: int | None, *, first: int = 7860) -> Address:
-    """This port, or the first free one from 7860 on. RequestError if it is taken."""
+def listen(host: str, port: int | None, *, first: int = 7860) -> socket.socket:
+    """Take this port, or the first free one from 7860 on; whoever comes from now on waits until
+    it is served. RequestError if it is taken."""
     for candidate in [port] if port is not None else range(first, first + _TRIES):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
             if sys.platform != "win32":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, candidate))
-            except OSError:
-                continue
-            return Address(host=host, port=candidate)
+                taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind((host, candidate))
+            # Two can be bound to a port, but only one listens.
+            taken.listen(_WAITING)
+        except OSError:
+            taken.close()
+        else:
+            return taken
     wanted = f"port={port} is" if port is not None else f"ports {first} to {first + _TRIES - 1} are"
     raise RequestError(f"{wanted} taken on {host}: choose another with --port")
 
@@ -118,7 +131,7 @@ def _close(process: "subprocess.Popen[bytes]") -> None:
             process.stdin.close()
 
 
-def serve(address: Address, app_of: Callable[[], object], ready: Callable[[], None]) -> None:
+def serve(listener: socket.socket, site: Site, ready: Callable[[], None]) -> None:
     """Answer until the process is told to end; ``ready`` is called once it answers."""
     import uvicorn
 
@@ -127,22 +140,45 @@ def serve(address: Address, app_of: Callable[[], object], ready: Callable[[], No
             await super().startup(sockets)
             ready()
 
+        def end(self) -> None:
+            self.should_exit = True
+
+    # Where anyone may come in, nobody may fill the disk.
+    DOWNLOADS.allowed = site.loopback or site.login is not None
+    front = Front(site, {OURS: _ours, **{name: partial(_page, name) for name in LANGUAGES}})
     config = uvicorn.Config(
-        app_of(),  # type: ignore[arg-type]
-        host=address.host,
-        port=address.port,
+        front.app,
         log_level="warning",
         # Pages hold connections open to hear of events; they need not be waited for.
         timeout_graceful_shutdown=1,
     )
     worker = Worker(default_path().parent / "worker.log", delay=_PAGE_FIRST)
     server = Server(config)
+    front.failed = server.end
     worker.start()
     # uvicorn ends in order and then raises the signal again, which must not skip the worker's end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            server.run()
+            server.run([listener])
     finally:
         DOWNLOADS.stop()
         worker.stop()
+    if front.error:
+        raise front.error
+
+
+def _ours() -> "Starlette":
+    """gradio is imported first of all: the pages wait for it."""
+    from sagewan.ui.quick_gradio import import_gradio
+
+    import_gradio()
+    from sagewan.ui.server import make_app
+
+    return make_app()
+
+
+def _page(language: str) -> "Starlette":
+    from sagewan.ui.mounted import make_page
+
+    return make_page(language)

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Server:
-    """A running ``sagewan ui``; ``cpu`` is what it had computed, in seconds, when it answered."""
+    """A running ``sagewan ui``; ``cpu`` is what it took to its first page, in seconds."""
 
     process: subprocess.Popen[str]
     url: str
@@ -62,27 +62,31 @@ class Server:
             self.process.stdout.close()
 
 
-def started(data: Path, *flags: str, login: tuple[str, ...] | None = None) -> Server:
-    """Start a server with folders of its own; it has answered once."""
-    environment = {
+def environment_of(data: Path) -> dict[str, str]:
+    """What a server with folders of its own is started with."""
+    return {
         **os.environ,
         "SAGEWAN_DATA": str(data),
         "SAGEWAN_CACHE": str(data / "cache"),
         "SAGEWAN_MODELS": str(data / "models"),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def started(data: Path, *flags: str, login: tuple[str, ...] | None = None) -> Server:
+    """Start a server with folders of its own; it has answered once."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sagewan", "ui", "--no-browser", *flags],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=environment_of(data),
     )
     assert process.stdout is not None
     line = process.stdout.readline()
     url = next(word for word in line.split() if word.startswith("http"))
-    times = psutil.Process(process.pid).cpu_times()
     auth = httpx.BasicAuth(*login) if login else None
-    assert httpx.get(url + "en/", auth=auth).status_code == 200
+    assert "gradio_config" in httpx.get(url + "en/", auth=auth, timeout=60).text
+    times = psutil.Process(process.pid).cpu_times()
     return Server(process, url, data, times.user + times.system)
 
 

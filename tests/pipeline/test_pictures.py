@@ -129,6 +129,8 @@ def refused(path: Path, name: str = "image") -> str:
     sentence = str(error.value)
     assert sentence.startswith(f"{name}={path}")
     assert "\n" not in sentence
+    # One refusal, and not one about another.
+    assert sentence.count(str(path)) == 1
     return sentence
 
 

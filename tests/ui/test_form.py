@@ -1,8 +1,10 @@
 """Widgets and fields are the same set, and mean the same."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from sagewan.checkpoint.find import demo_folder
 from sagewan.checkpoint.places import models_folder
 from sagewan.errors import RequestError
+from sagewan.jobs.queue import Queue
 from sagewan.plan.modes import fitting_preset
 from sagewan.plan.request import Ends, Request
 from sagewan.plan.sparsity import Sparsity
@@ -19,7 +23,7 @@ from sagewan.plan.step_cache import StepCache
 from sagewan.ui import uploads
 from sagewan.ui.door import owner_of
 from sagewan.ui.form import PARTS, names, request_of, values_of
-from sagewan.ui.uploads import kept_picture, uploads_folder
+from sagewan.ui.uploads import kept_picture, sweep, uploads_folder
 from sagewan.ui.views import fallback_notes, left_out
 from sagewan.ui.words import Words
 
@@ -261,3 +265,50 @@ def test_what_was_left_out_stands_under_the_video_in_both_languages() -> None:
     assert "49%" in next(left_out(report, Words("zh")))
     assert list(left_out({"attention": {"sparsity": None}, "cache": None}, Words("en"))) == []
     assert list(left_out({}, Words("en"))) == []
+
+
+def test_uploads_that_nothing_names_are_removed_when_they_are_old(queue: Queue) -> None:
+    old = time.time() - 2 * 24 * 3600
+    kept = uploads_folder() / "kept"
+    kept.mkdir(parents=True)
+    of_job, of_form, forgotten, fresh = (kept / f"{name}.png" for name in "abcd")
+    sent = uploads_folder() / "hash" / "sent.png"
+    sent.parent.mkdir()
+    for path in (of_job, of_form, forgotten, fresh, sent):
+        path.write_bytes(b"picture")
+        if path != fresh:
+            os.utime(path, (old, old))
+    job = queue.enqueue(Request(prompt="x", image=of_job), "me")
+    queue.set_draft("you", {"prompt": str(fresh), "last_image": str(of_form), "lora": ["a"]})
+    assert sweep(queue) == 2
+    assert sorted(path.name for path in kept.iterdir()) == ["a.png", "b.png", "d.png"]
+    assert not sent.exists()
+    queue.cancel(job)
+    queue.remove(job)
+    assert sweep(queue) == 1
+    assert not of_job.exists()
+
+
+def test_a_picture_that_is_sent_again_counts_as_new(queue: Queue) -> None:
+    path = uploads_folder() / "hash" / "sent.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(path)
+    kept = kept_picture(path, "image")
+    for again in (path, kept):
+        os.utime(kept, (0, 0))
+        assert kept_picture(again, "image") == kept
+        assert sweep(queue) == 0
+
+
+def test_a_file_with_the_name_of_a_lora_of_the_demo_does_not_hide_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = next((demo_folder() / "loras").glob("*.safetensors"))
+    monkeypatch.setenv("SAGEWAN_MODELS", str(tmp_path))
+    file = tmp_path / "loras" / own.name
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    chosen = [own.name, f"loras/{own.name}", f"high=loras/{own.name}"]
+    request = request_of({"prompt": "x", "lora": chosen})
+    assert [one.path for one in request.lora] == [own, file, file]
+    assert values_of(request)["lora"] == chosen

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from sagewan.checkpoint.inspection import Inspection
 from sagewan.jobs.queue import Queue
 from sagewan.jobs.states import State
 from sagewan.pipeline.draft import ANY_PROMPT
 from sagewan.plan.hardware import Device
 from sagewan.plan.request import Request
+from sagewan.ui.boards import BOARDS
 from sagewan.ui.handlers import Handlers
 from sagewan.ui.planned import modes_here, plan_view, preset_here, quantizations_here
 from sagewan.ui.views import current
@@ -178,3 +180,12 @@ def test_a_comparison_does_not_hide_the_last_video(handlers: Handlers, queue: Qu
     shown = current(queue, "me", words)
     assert shown is not None
     assert (shown.id, shown.place) == (waiting, 1)
+
+
+def test_what_a_model_is_stands_there_in_the_visitors_language(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Inspection(path="x", kind="text_encoder + vae", problems=["it is wet"])
+    monkeypatch.setattr("sagewan.ui.found.inspect", lambda _: found)
+    assert "text encoder + vae · 0 MB · with problems" in BOARDS["model"](queue, "me", Words("en"))
+    assert "文本编码器 + VAE · 0 MB · 有问题" in BOARDS["model"](queue, "me", Words("zh"))

@@ -69,6 +69,10 @@ class Inspection:
 
     def summary(self) -> str:
         """One line: ``wan2.1-t2v-14b, t2v, float8_e4m3fn, 14.5 GB``."""
+        return ", ".join(self.facts())
+
+    def facts(self) -> tuple[str, ...]:
+        """What the line tells, one by one."""
         told = [self.name or self.kind.replace("_", " ")]
         if self.tasks:
             told.append("/".join(self.tasks))
@@ -78,7 +82,7 @@ class Inspection:
             told.append(main.format)
         size = sum(part.bytes for part in self.parts)
         told.append(f"{size / 1e9:.1f} GB" if size >= _SMALL else f"{size / 1e6:.0f} MB")
-        return ", ".join(told + (["with problems"] if self.problems else []))
+        return (*told, "with problems") if self.problems else tuple(told)
 
 
 def inspect(path: Path) -> Inspection:

@@ -154,6 +154,13 @@ class Queue(Store):
         row = self._db.execute("SELECT form FROM drafts WHERE owner = ?", (owner,)).fetchone()
         return dict(json.loads(row["form"])) if row else {}
 
+    def named_files(self) -> set[str]:
+        """Every text in the requests of all jobs and in all forms, among them each file that one of
+        them needs."""
+        rows = self._db.execute("SELECT request FROM jobs UNION ALL SELECT form FROM drafts")
+        values = (value for row in rows for value in json.loads(row[0]).values())
+        return {value for value in values if isinstance(value, str)}
+
     def take_seat(self, device: str) -> bool:
         """Be the worker of a device; False if another living process is. A machine that shares
         this file has its own."""

@@ -39,6 +39,8 @@ def open_picture(path: Path, name: str = "image") -> Image.Image:
         ):
             _check_size(picture.size, path, name)
             return _rgb(ImageOps.exif_transpose(picture))
+    except RequestError:
+        raise
     except FileNotFoundError:
         raise RequestError(f"{name}={path}: there is no such file") from None
     except IsADirectoryError:

@@ -44,12 +44,12 @@ def _model(queue: Queue, owner: str, words: Words) -> str:
     """What is known of the model that the visitor has chosen: what its files are, or that they
     are not here."""
     name = str(queue.draft(owner).get("model") or DEMO)
-    summary, problems = model_facts(name)
+    facts, problems = model_facts(name)
     return render(
         "model",
         words,
         name=name,
-        summary=summary,
+        summary=" · ".join(words.sentence(fact) for fact in facts),
         problems=[words.sentence(text) for text in problems],
         download=DOWNLOADS.get(name),
         allowed=DOWNLOADS.allowed and name in PUBLISHED,

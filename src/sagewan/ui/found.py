@@ -1,10 +1,10 @@
 """The files a visitor may choose from: named by the server, never by a path from the page."""
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
-from sagewan.checkpoint.find import find_model
+from sagewan.checkpoint.find import demo_folder, find_model
 from sagewan.checkpoint.inspection import inspect
 from sagewan.checkpoint.places import LORAS, models_folder
 from sagewan.errors import CheckpointError
@@ -25,35 +25,39 @@ def model_choices() -> Mapping[str, str]:
     return choices
 
 
-def model_facts(name: str) -> tuple[str | None, tuple[str, ...]]:
-    """What ``sagewan inspect`` says of a model of :func:`model_choices`: its line, and what is
-    wrong with it; (None, ()) if its files are not here."""
+def model_facts(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What ``sagewan inspect`` says of a model of :func:`model_choices`, fact by fact, and what is
+    wrong with it; neither if its files are not here."""
     try:
         location = find_model(model_choices().get(name, DEMO), need_files=False).location
     except CheckpointError as error:
-        return name, (str(error),)
+        return (name,), (str(error),)
     if location is None:
-        return None, ()
+        return (), ()
     return _inspected(location, location.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _inspected(location: Path, _: int) -> tuple[str, tuple[str, ...]]:
+def _inspected(location: Path, _: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     try:
         found = inspect(location)
     except CheckpointError as error:
-        return location.name, (str(error),)
-    return found.summary(), tuple(found.problems)
+        return (location.name,), (str(error),)
+    return found.facts(), tuple(found.problems)
 
 
 def lora_choices() -> Mapping[str, Lora]:
     """The demo model's own LoRA files, and those in the models folder's ``loras``, each by its name
     for all of a model, and as ``high=NAME`` and ``low=NAME`` for one expert."""
-    own = find_model(DEMO).location
-    found = [Lora(path=path) for path in (_lora_files(own) if own else ())]
+    found = [Lora(path=path) for path in _demo_loras()]
     for path in _lora_files(models_folder()):
         found += [Lora(path=path, expert=expert) for expert in (None, *EXPERTS)]
     return {lora_name(lora): lora for lora in found}
+
+
+@cache
+def _demo_loras() -> tuple[Path, ...]:
+    return tuple(_lora_files(demo_folder()))
 
 
 def _lora_files(folder: Path) -> list[Path]:
@@ -61,8 +65,12 @@ def _lora_files(folder: Path) -> list[Path]:
 
 
 def lora_name(lora: Lora) -> str:
-    """What a LoRA is called on the page, whatever its strength."""
-    return f"{lora.expert}={lora.path.name}" if lora.expert else lora.path.name
+    """What a LoRA is called on the page, whatever its strength. One in the models folder that has
+    the name of one of the demo model's has its folder before it."""
+    own, name = _demo_loras(), lora.path.name
+    if lora.path not in own and name in {path.name for path in own}:
+        name = f"{LORAS}/{name}"
+    return f"{lora.expert}={name}" if lora.expert else name
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from sagewan.errors import RequestError
 from sagewan.jobs.records import default_path
 from sagewan.ui.downloads import DOWNLOADS
 from sagewan.ui.front import OURS, Front, Site
+from sagewan.ui.uploads import keep_swept
 from sagewan.ui.words import LANGUAGES
 
 if TYPE_CHECKING:
@@ -156,12 +157,15 @@ def serve(listener: socket.socket, site: Site, ready: Callable[[], None]) -> Non
     server = Server(config)
     front.failed = server.end
     worker.start()
+    stopping = threading.Event()
+    threading.Thread(target=keep_swept, args=(stopping,), name="uploads", daemon=True).start()
     # uvicorn ends in order and then raises the signal again, which must not skip the worker's end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             server.run([listener])
     finally:
+        stopping.set()
         DOWNLOADS.stop()
         worker.stop()
     if front.error:

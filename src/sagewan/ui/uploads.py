@@ -1,16 +1,29 @@
-"""Pictures from visitors: looked at, limited, and written anew, so that only pixels are kept."""
+"""Pictures from visitors: looked at, limited, and written anew, so that only pixels are kept; and
+removed when nothing names them any more."""
 
+import contextlib
 import hashlib
 import io
+import logging
 import os
+import sqlite3
+import threading
+import time
 from pathlib import Path
 
 from sagewan.errors import RequestError
+from sagewan.jobs.queue import Queue
 from sagewan.jobs.records import default_path
 from sagewan.pipeline.files import written_whole
 
+logger = logging.getLogger(__name__)
+
 # What a browser may send in one file, in bytes.
 MAX_BYTES = 64 << 20
+# Seconds that an upload is left alone: it may belong to a form that is being filled in.
+_FRESH = 24 * 3600.0
+# Seconds from the start to the first look at what is there, and from one to the next.
+_FIRST_SWEEP, _SWEEPS = 60.0, 6 * 3600.0
 
 
 def uploads_folder() -> Path:
@@ -33,6 +46,7 @@ def kept_picture(path: Path, field: str) -> Path:
         raise RequestError(f"{field}: choose the picture again")
     kept = folder / "kept"
     if real.parent == kept and real.is_file():
+        os.utime(real)
         return real
     if real.is_file() and real.stat().st_size > MAX_BYTES:
         raise RequestError(f"{field}: the file has more than {MAX_BYTES >> 20} MB: make it smaller")
@@ -45,7 +59,9 @@ def kept_picture(path: Path, field: str) -> Path:
     picture.save(file, "PNG", compress_level=1)
     data = file.getvalue()
     target = kept / f"{hashlib.sha256(data).hexdigest()[:32]}.png"
-    if not target.exists():
+    if target.exists():
+        os.utime(target)
+    else:
         kept.mkdir(parents=True, exist_ok=True)
         with written_whole(target) as partial:
             partial.write_bytes(data)
@@ -57,3 +73,36 @@ def prepare_folder() -> None:
     folder = uploads_folder()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
+
+
+def sweep(queue: Queue, *, older: float = _FRESH) -> int:
+    """Remove what browsers sent more than ``older`` seconds ago and what no job and no form names;
+    how many files that were."""
+    # From before the look at the jobs: what is named afterwards was touched then.
+    until = time.time() - older
+    named = queue.named_files()
+    removed = 0
+    for path in _below(uploads_folder()):
+        if named.isdisjoint((str(path), str(path.resolve()))):
+            # It may have been touched, or removed, in the meantime.
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < until:
+                    path.unlink()
+                    removed += 1
+    return removed
+
+
+def _below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+
+
+def keep_swept(stopping: threading.Event) -> None:
+    """Sweep now and then, until told to stop."""
+    pause = _FIRST_SWEEP
+    while not stopping.wait(pause):
+        pause = _SWEEPS
+        try:
+            with Queue(default_path()) as queue:
+                sweep(queue)
+        except sqlite3.Error as error:
+            logger.warning("uploads were not looked through: %s", error)

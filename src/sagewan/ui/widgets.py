@@ -110,7 +110,8 @@ def _preset(words: Words, common: dict[str, Any]) -> Any:
 
 def _lora_files(words: Words) -> Choices:
     def label(name: str, lora: Lora) -> str:
-        return words(f"choice.{lora.expert}", name=lora.path.name) if lora.expert else name
+        plain = name.removeprefix(f"{lora.expert}=")
+        return words(f"choice.{lora.expert}", name=plain) if lora.expert else name
 
     return [(label(name, lora), name) for name, lora in lora_choices().items()]
 

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +17,7 @@ from PIL import Image
 from sagewan.jobs.states import State
 from sagewan.pipeline.export import read_frames, read_settings
 from sagewan.ui.assets import wanted_first
+from tests.shrunken import PROMPT as PROMPT_OF_SHRUNKEN
 from tests.ui.browser.conftest import (
     Open,
     Page,
@@ -211,6 +214,39 @@ def test_a_picture_that_is_none_is_refused_and_a_real_one_starts_a_video(
     page.wait_for_selector("#field-image img")
     page.click("#sw-go")
     page.wait_for_selector("#sw-live video")
+
+
+def test_a_video_from_a_first_picture_to_a_last_one(
+    server: Server, visit: Open, shrunken_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = server.data / "models" / "first-to-last"
+    shutil.copytree(shrunken_folder("wan2.1-flf2v-14b"), model)
+    page = visit()
+    tab(page, "Model Settings")
+    choose(page, "model", model.name)
+    page.wait_for_selector(".sw-model-info >> text=flf2v")
+    tab(page, "Generate")
+    ask(page, PROMPT_OF_SHRUNKEN, steps=1)
+    page.click("text=Start from a picture")
+    for name, colour in (("last_image", "maroon"), ("image", "navy")):
+        file = tmp_path / f"{colour}.png"
+        Image.new("RGB", (100, 80), colour).save(file)
+        page.set_input_files(f"#field-{name} input[type=file]", file)
+        page.wait_for_selector(f"#field-{name} img")
+        # A last picture alone is refused beside its field.
+        error = page.locator(".sw-field-error")
+        if name == "last_image":
+            error.wait_for()
+            assert "give the first picture too" in error.inner_text()
+        else:
+            error.wait_for(state="detached")
+    page.click("#sw-go")
+    page.wait_for_selector("#sw-live video")
+    with server.queue() as queue:
+        (job,) = queue.of(None, State.DONE, limit=1)
+    for name, colour in (("image", (0, 0, 128)), ("last_image", (128, 0, 0))):
+        with Image.open(job.request[name]) as picture:
+            assert picture.getpixel((50, 40)) == colour
 
 
 def test_what_was_typed_survives_a_reload_and_the_other_language(visit: Open) -> None:

@@ -5,6 +5,10 @@ from collections.abc import Mapping
 ZH_FILES: Mapping[str, str] = {
     "fetch it again": "请重新下载",
     "the file is damaged": "文件已损坏",
+    # What a file is.
+    "lora": "LoRA",
+    "{} + {}": "{} + {}",
+    "with problems": "有问题",
     # Safetensors, GGUF and pickles.
     "{} is both in {} and in {}: keep the files of one model in a folder of their own": "{} 同时在 {} 和 {} 中：请把一个模型的文件单独放在一个文件夹",
     "{} has a broken header: it names a tensor {}; fetch it again": "{} 的文件头已损坏：其中的张量名是 {}；请重新下载",

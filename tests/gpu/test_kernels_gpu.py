@@ -22,6 +22,8 @@ KERNEL_ERROR = {
     "sageattn_3": 1e-3,
     "sageattn_3_fp8": 3e-3,
     "sageattn_3_fp4": 1e-3,
+    # Its product adds up to four steps in 14 bits.
+    "sageattn_3_fp8_hopper": 6e-3,
 }
 
 
@@ -105,7 +107,7 @@ def test_kernel_is_its_emulation(
     same = getattr(emulation, mode)(*wide, **blocks) if dtype == torch.float16 else None
     _, same_lse = getattr(emulation, mode)(q, k, v, **blocks, return_lse=True)
     if same is not None:
-        assert relative_error(out, same) < KERNEL_ERROR[mode]
+        assert relative_error(out, same) < KERNEL_ERROR.get(name, KERNEL_ERROR[mode])
     torch.testing.assert_close(lse, same_lse, atol=5e-3, rtol=1e-3)
     expected = attention_with_lse(q, k, v)[1]
     assert relative_error(lse, expected) < (0.1 if mode == "sageattn_3_fp4" else 0.01)

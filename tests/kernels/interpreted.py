@@ -158,7 +158,7 @@ def test_fine_rows_hold_the_scores() -> None:
 
 def test_padding_is_zero_and_scales_are_per_token() -> None:
     _, k, _ = sample(1, 70, heads=1, key_heads=1)
-    rows = prepare.int8_rows(k, prepare.Recipe(per_token=True), minus=prepare.mean(k))
+    rows = prepare.int8_rows(k, prepare.Recipe(rows_per_scale=1), minus=prepare.mean(k))
     assert rows.data.shape == (1, 1, 128, 128)
     assert not rows.data[:, :, 70:].any()
     assert (rows.data[:, :, :70].abs().amax(-1) == 127).all()
@@ -167,7 +167,7 @@ def test_padding_is_zero_and_scales_are_per_token() -> None:
 @pytest.mark.parametrize("size", [32, 72, 128, 256])
 def test_rotation_is_the_emulations(size: int) -> None:
     _, k, _ = sample(1, 50, heads=1, key_heads=1, size=size)
-    rows = prepare.int8_rows(k, prepare.Recipe(per_token=True, rotate=True))
+    rows = prepare.int8_rows(k, prepare.Recipe(rows_per_scale=1, rotate=True))
     values = rows.data[:, :, :50, :size] * rows.scale[:, :, :50, None]
     step = rows.scale[:, :, :50, None].expand_as(values)
     assert ((values - formats.rotate(k)).abs() <= 0.501 * step).all()

@@ -44,6 +44,16 @@ def built(
     return tuple(compiled(launch, sm) for launch in {key(one): one for one in launches}.values())
 
 
+@pytest.mark.parametrize("mode", ["sageattn", "sageattn_3_fp8"])
+def test_what_is_launched_again_gets_its_arguments_in_the_kernels_order(mode: str) -> None:
+    # A launch that is looked up once hands them over by their place.
+    q = torch.empty(1, 2, 333, 128, dtype=torch.bfloat16, device="meta")
+    launches = record(90, lambda: MODES[mode][0](q, q, q, with_lse=True))
+    assert launches
+    for launch in launches:
+        assert list(launch.arguments) == [one.name for one in launch.kernel.params], launch.name
+
+
 def key(launch: Launch) -> str:
     kinds = {
         name: value.dtype if isinstance(value, torch.Tensor) else value

@@ -106,7 +106,9 @@ def sageattn_3(
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As :func:`sageattn`, with Q smoothed too, both rotated, and a scale for each key."""
+    """As :func:`sageattn`, with Q smoothed too, both rotated, a scale for each key, and keys
+    rounded
+    so that their error has little along themselves."""
     return _sageattn_3(q, k, v, scale, return_lse, block_mask)
 
 
@@ -189,11 +191,11 @@ def _smoothed(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
     for_keys = Recipe(
-        block=ROWS_PER_SCALE,
-        per_token=key_scales,
+        rows_per_scale=1 if key_scales else None,
         rotate=True,
         dot_factor=scale * LOG2E,
-        smooth_dots=True,
+        smoothed=True,
+        along=key_scales,
     )
     keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
     recipe = Recipe(block=ROWS_PER_SCALE, rotate=True, factor=scale * LOG2E, dot_factor=scale)
@@ -211,8 +213,9 @@ def lowest_scale(keys: Rows) -> Tensor:
     """[B, H] float32: with smaller scales of Q, a key's bias would not fit beside its scores."""
     assert keys.dots is not None
     batch, heads, count = keys.dots.shape
-    bias = keys.dots.view(batch, keys.scale.shape[1], -1, count).abs()
-    return (bias / keys.scale.unsqueeze(2)).amax(-1).view(batch, heads) / _MOST_BIAS
+    steps = keys.dots.view(batch, keys.scale.shape[1], -1, count) / keys.scale.unsqueeze(2)
+    most: Tensor = torch.linalg.vector_norm(steps, torch.inf, -1)
+    return most.view(batch, heads) / _MOST_BIAS
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -82,7 +82,7 @@ def prepare_projections(
     scale = q.shape[3] ** -0.5
     q_factors, k_factors = row_factors(q, for_q.eps), row_factors(k, for_k.eps)
     q_mean, k_mean = turned_mean(q, q_factors, for_q), turned_mean(k, k_factors, for_k)
-    recipe = Recipe(dot_factor=scale * LOG2E, smooth_dots=True)
+    recipe = Recipe(dot_factor=scale * LOG2E, smoothed=True)
     keys = int8_rows(k, k_factors, for_k, recipe, minus=k_mean, other=q_mean)
     recipe = Recipe(factor=scale * LOG2E)
     queries = int8_rows(q, q_factors, for_q, recipe, minus=q_mean, lowest=lowest_scale(keys))
@@ -204,7 +204,7 @@ def int8_rows(
         groups=groups,
         count=tokens,
         padded=padded,
-        smooth_dots=int(recipe.smooth_dots),
+        smooth_dots=int(recipe.smoothed),
     )
     with torch.cuda.device(x.device):
         kernel = _kernel(x.device.index, x.dtype)

@@ -76,7 +76,8 @@ def sageattn_3(
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As :func:`sageattn`, with Q smoothed too, both rotated, and a scale for each token."""
+    """As :func:`sageattn`, with Q smoothed too, both rotated, a scale for each token, and keys
+    rounded so that their error has little along themselves."""
     return _sageattn_3(q, k, v, scale, return_lse, block_mask)
 
 
@@ -114,7 +115,7 @@ def prepare_sageattn_3(
 ) -> Prepared[Rows, Tensor]:
     """The first half of :func:`sageattn_3`; arguments as :func:`prepare_sageattn`'s."""
     check(q, k, v)
-    queries, keys = fine_rows(q, k, scale, k_mean=k_mean, with_lse=with_lse)
+    queries, keys = fine_rows(q, k, scale, k_mean=k_mean, with_lse=with_lse, along=True)
     return _prepared(q, queries, keys, v)
 
 
@@ -137,14 +138,19 @@ def fine_rows(
     *,
     k_mean: Tensor | None = None,
     with_lse: bool = False,
+    along: bool = False,
 ) -> tuple[Rows, Rows]:
-    """Q and K smoothed, rotated, with a scale for each token. The keys' ``dots`` are their scores
-    with Q's mean, in powers of two; the queries' are what the log-sum-exp lacks."""
+    """Q and K smoothed, rotated, with a scale for each token; ``along`` is how keys are rounded.
+
+    The keys' ``dots`` are their scores with Q's mean, in powers of two; the queries' are what the
+    log-sum-exp lacks."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
-    for_keys = Recipe(per_token=True, rotate=True, dot_factor=scale * LOG2E, smooth_dots=True)
+    for_keys = Recipe(
+        rows_per_scale=1, rotate=True, dot_factor=scale * LOG2E, smoothed=True, along=along
+    )
     keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
-    recipe = Recipe(per_token=True, rotate=True, factor=scale * LOG2E, dot_factor=scale)
+    recipe = Recipe(rows_per_scale=1, rotate=True, factor=scale * LOG2E, dot_factor=scale)
     queries = int8_rows(q, recipe, minus=q_mean, other=k_mean if with_lse else None)
     return queries, keys
 

@@ -62,8 +62,8 @@ class Repeated:
     """:func:`launch` of one kernel that runs for less time than Triton takes to look up what it
     compiled: what the first launch of a kind gave is kept, and called from then on.
 
-    ``kind`` is whatever the compiled program follows from: dtypes, shapes, constants. The arguments
-    come in the order of the kernel's own.
+    ``kind`` is whatever the compiled program follows from: dtypes, shapes, constants; by default
+    all the numbers and dtypes among the arguments. These come in the order of the kernel's own.
     """
 
     def __init__(self, kernel: Any, schedule: Schedule) -> None:
@@ -73,11 +73,13 @@ class Repeated:
 
     def __call__(
         self,
-        kind: Hashable,
+        kind: Hashable | None,
         grid: tuple[int, int, int],
         device: torch.device,
         arguments: Mapping[str, object],
     ) -> None:
+        if kind is None:
+            kind = tuple(x.dtype if isinstance(x, Tensor) else x for x in arguments.values())
         # A program that reads 16 bytes at once was compiled for addresses that allow it.
         aligned = not any(x.data_ptr() % 16 for x in arguments.values() if isinstance(x, Tensor))
         key = kind, device

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from sagewan.kernels.launch import (
     VARYING,
+    Repeated,
     Schedule,
     block_of,
     compute_capability,
-    launch,
     strided,
 )
 from sagewan.kernels.prepared import PADDING, Columns, Rows
@@ -44,27 +44,33 @@ _AHEAD = Schedule(warps=8, stages=3, registers=128)
 _REDUCTION = Schedule(warps=8, stages=3)
 # 1.5·2²³: a float32 this large has no fraction, so adding it rounds to the nearest even integer.
 _ROUND = tl.constexpr(12582912.0)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How :func:`int8_rows` treats a tensor. All the rows of a block share a scale unless
-    ``per_token``; ``factor`` multiplies what is quantised, and ``dot_factor`` the dots, which are
-    of the smoothed rows if ``smooth_dots``, else of the rows as they came."""
+    ``rows_per_scale`` is less; ``factor`` multiplies what is quantised, and ``dot_factor`` the
+    dots, which are of the smoothed rows if ``smoothed``, else of the rows as they came.
+
+    ``along``: rows are rounded so that their error has little along themselves. A key that a query
+    attends to is one that is like it, so that is the part of the error that its score would show.
+    """
 
     block: int = _ROWS
-    per_token: bool = False
+    rows_per_scale: int | None = None
     rotate: bool = False
     factor: float = 1.0
     dot_factor: float = 1.0
-    smooth_dots: bool = False
+    smoothed: bool = False
+    along: bool = False
 
 
 def mean(x: Tensor) -> Tensor:
     """[B, H, N, D] → its mean over N, [B, H, D'] float32, padded by zeros; of a long sequence, the
     mean of its sample."""
-    total, count = sum_and_count(x)
-    return total.div_(count)
+    x = _sampled(x)
+    return _reduce(x, float(x.shape[2]), largest=False).sum(2)
 
 
 def sum_and_count(x: Tensor) -> tuple[Tensor, int]:
@@ -74,16 +80,23 @@ def sum_and_count(x: Tensor) -> tuple[Tensor, int]:
     Where several devices hold parts of K, the sums and the counts of all, added up, give the mean
     that each must subtract; it is passed on as ``k_mean``.
     """
-    x = x[:, :, ::_EVERY] if x.shape[2] >= SAMPLED_FROM else x
-    return _reduce(x, largest=False).sum(2), x.shape[2]
+    x = _sampled(x)
+    return _reduce(x, 1.0, largest=False).sum(2), x.shape[2]
 
 
-def largest(x: Tensor) -> Tensor:
-    """[B, H, N, D] → the largest magnitude of each channel, [B, H, D'] float32."""
-    return _reduce(x, largest=True).amax(2)
+def _sampled(x: Tensor) -> Tensor:
+    return x[:, :, ::_EVERY] if x.shape[2] >= SAMPLED_FROM else x
 
 
-def _reduce(x: Tensor, *, largest: bool) -> Tensor:
+def largest(x: Tensor, over: float = 1.0) -> Tensor:
+    """[B, H, N, D] → the largest magnitude of each channel divided by ``over``, [B, H, D'] float32;
+    instead of zero the smallest normal number, so that one may divide by it."""
+    return _reduce(x, over, largest=True).amax(2)
+
+
+def _reduce(x: Tensor, over: float, *, largest: bool) -> Tensor:
+    """Of parts of N, the sums or the largest magnitudes, divided by ``over``, [B, H, parts, D']
+    float32."""
     batch, heads, count, size = x.shape
     block = block_of(size)
     chunks = min(_CHUNKS, triton.cdiv(count, _ROWS))
@@ -95,11 +108,12 @@ def _reduce(x: Tensor, *, largest: bool) -> Tensor:
         "count": count,
         "size": size,
         "chunk": triton.cdiv(triton.cdiv(count, chunks), _ROWS) * _ROWS,
+        "over": over,
         "LARGEST": largest,
         "BLOCK_R": _ROWS,
         "BLOCK_D": block,
     }
-    launch(_reduce_kernel, (chunks, batch * heads), x.device, arguments, _REDUCTION)
+    _launch_reduce(None, (chunks, batch * heads, 1), x.device, arguments)
     return partial
 
 
@@ -125,7 +139,7 @@ def int8_rows(
     rows = Rows(
         data=x.new_empty(batch, heads, padded, block, dtype=torch.int8),
         scale=x.new_empty(batch, heads, padded, dtype=torch.float32),
-        rows_per_scale=1 if recipe.per_token else recipe.block,
+        rows_per_scale=recipe.rows_per_scale or recipe.block,
         dots=dots,
     )
     many = count >= SAMPLED_FROM and compute_capability(x.device) in _PLENTY_SMS
@@ -147,16 +161,17 @@ def int8_rows(
         "EACH": max(1, others // heads),
         "SHARED": max(1, heads // others) if others else 1,
         "ROTATION": min(_MAX_ROTATION, size & -size) if recipe.rotate else 0,
+        "SMOOTHED": recipe.smoothed,
         "WIDTH": min(_MAX_ROTATION, block),
-        "SMOOTH_DOTS": recipe.smooth_dots,
-        "PER_TOKEN": recipe.per_token,
+        "SHARING": rows.rows_per_scale,
+        "ALONG": recipe.along,
         "BLOCKS": blocks,
         "BLOCK_R": recipe.block,
         "BLOCK_D": block,
     }
-    grid = (triton.cdiv(padded // recipe.block, blocks), batch * heads)
-    schedule = _AHEAD if blocks == _MANY_BLOCKS else _SCHEDULE
-    launch(_int8_rows_kernel, grid, x.device, arguments, schedule)
+    grid = (triton.cdiv(padded // recipe.block, blocks), batch * heads, 1)
+    launch = _launch_many_rows if blocks == _MANY_BLOCKS else _launch_rows
+    launch(None, grid, x.device, arguments)
     return rows
 
 
@@ -170,8 +185,7 @@ def e4m3_columns(v: Tensor, highest: float) -> Columns:
     """
     batch, heads, count, size = v.shape
     block, padded = block_of(size), triton.cdiv(count, PADDING) * PADDING
-    # A channel of zeros (padding too) is divided by the smallest normal number.
-    scale = largest(v).div_(highest).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale = largest(v, highest)
     data = v.new_empty(batch, heads, block, padded, dtype=torch.float8_e4m3fn)
     arguments = {
         **strided("v", v),
@@ -184,8 +198,8 @@ def e4m3_columns(v: Tensor, highest: float) -> Columns:
         "BLOCK_R": _ROWS,
         "BLOCK_D": block,
     }
-    grid = (padded // _ROWS, batch * heads)
-    launch(_e4m3_columns_kernel, grid, v.device, arguments, _SCHEDULE)
+    grid = (padded // _ROWS, batch * heads, 1)
+    _launch_columns(None, grid, v.device, arguments)
     return Columns(data=data, scale=scale)
 
 
@@ -204,7 +218,7 @@ def load_rows(
 def _reduce_kernel(
     x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
     partial,  # [B·H, chunks, D'] float32
-    heads, count, size, chunk,
+    heads, count, size, chunk, over,
     LARGEST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -215,7 +229,9 @@ def _reduce_kernel(
         tile = load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
         tile = tile.to(tl.float32)
         total = tl.maximum(total, tl.abs(tile)) if LARGEST else total + tile
-    result = tl.max(total, 0) if LARGEST else tl.sum(total, 0)
+    result = (tl.max(total, 0) if LARGEST else tl.sum(total, 0)) / over
+    if LARGEST:
+        result = tl.maximum(result, _TINY)
     place = (head * tl.num_programs(0) + tl.program_id(0)) * BLOCK_D
     tl.store(partial + place + tl.arange(0, BLOCK_D), result)
 
@@ -251,6 +267,15 @@ def _store_dots(
         tl.store(dots + (head * EACH + i).to(tl.int64) * padded + rows, dot)
 
 
+@triton.jit
+def _shared(top, SHARING: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The largest of each SHARING neighbours, for each of them."""
+    if SHARING == BLOCK_R:
+        return tl.zeros_like(top) + tl.max(top, 0)
+    groups = top.reshape(BLOCK_R // SHARING, SHARING)
+    return (tl.zeros_like(groups) + tl.max(groups, 1)[:, None]).reshape(BLOCK_R)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _int8_rows_kernel(
     x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
@@ -261,9 +286,9 @@ def _int8_rows_kernel(
     scales,  # [B·H, N'] float32
     dots,  # [B·max(H, Ho), N'] float32, or None
     heads, count, padded, size, factor, dot_factor,
-    EACH: tl.constexpr, SHARED: tl.constexpr, ROTATION: tl.constexpr, SMOOTH_DOTS: tl.constexpr,
-    WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    EACH: tl.constexpr, SHARED: tl.constexpr, ROTATION: tl.constexpr, SMOOTHED: tl.constexpr,
+    WIDTH: tl.constexpr, SHARING: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     channels = tl.arange(0, BLOCK_D)
@@ -283,7 +308,7 @@ def _int8_rows_kernel(
         raw = load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
         if other is not None:
             seen = raw.to(tl.float32)
-            if SMOOTH_DOTS and minus is not None:
+            if SMOOTHED and minus is not None:
                 seen = tl.where((rows < count)[:, None], seen - vector[None, :], 0.0)
             _store_dots(seen, other, dots, head, rows, padded, dot_factor, EACH, SHARED, BLOCK_D)
         if ROTATION > 0:
@@ -297,15 +322,22 @@ def _int8_rows_kernel(
             values *= ROTATION**-0.5
         values *= factor
         top = tl.max(tl.abs(values), 1)
-        if not PER_TOKEN:
-            top = tl.zeros_like(top) + tl.max(top, 0)
+        if SHARING > 1:
+            top = _shared(top, SHARING, BLOCK_R)
         # Rows of zeros, and those so small that their scale would vanish, are stored as zeros.
         scale = tl.maximum(top, 1e-30) / 127.0
         if lowest is not None:
             scale = tl.maximum(scale, tl.load(lowest + head))
         tl.store(scales + head.to(tl.int64) * padded + rows, scale)
+        values /= scale[:, None]
+        if ALONG:
+            rounded = (values + _ROUND) - _ROUND
+            over = tl.sum((rounded - values) * values, 1)
+            over /= tl.maximum(tl.sum(values * values, 1), 1e-30)
+            # The longest row may not leave the range.
+            values = tl.clamp(values * (1.0 - over)[:, None], -127.0, 127.0)
         # The low byte of such a float's bits is the integer; converting it would take a slow unit.
-        quantised = (values / scale[:, None] + _ROUND).to(tl.int32, bitcast=True)
+        quantised = (values + _ROUND).to(tl.int32, bitcast=True)
         place = (head.to(tl.int64) * padded + rows)[:, None] * BLOCK_D + channels[None, :]
         tl.store(data + place, quantised.to(tl.int8))
 
@@ -329,3 +361,11 @@ def _e4m3_columns_kernel(
     values = tile.to(tl.float32) / scale[None, :]
     offsets = (head.to(tl.int64) * BLOCK_D + channels)[:, None] * padded + places[None, :]
     tl.store(data + offsets, tl.trans(values.to(tl.float8e4nv)))
+
+
+# A call of the fastest mode prepares in less than a millisecond: looking its kernels up would take
+# as long again.
+_launch_reduce = Repeated(_reduce_kernel, _REDUCTION)
+_launch_rows = Repeated(_int8_rows_kernel, _SCHEDULE)
+_launch_many_rows = Repeated(_int8_rows_kernel, _AHEAD)
+_launch_columns = Repeated(_e4m3_columns_kernel, _SCHEDULE)

@@ -106,13 +106,15 @@ def sageattn_3(
     block_m: int = 128,
     block_n: int = 64,
     rows_per_scale: int = 1,
+    keys_per_scale: int = 1,
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Result:
     """Finely scaled INT8 Q·Kᵀ, Q and K smoothed and rotated, 16-bit P·V. ``rows_per_scale`` rows
-    of Q share a scale; each key has its own."""
+    of Q and ``keys_per_scale`` keys share a scale."""
     scaled, sixteen = _scale(q, scale), _sixteen_bit(q)
-    operands = _fine_int8(scaled, k, sixteen(v), block_m, (rows_per_scale, 1))
+    shared = (rows_per_scale, keys_per_scale)
+    operands = _fine_int8(scaled, k, sixteen(v), block_m, shared, along=True)
     result = _online_softmax(operands, sixteen, _Walk(block_m, block_n, block_mask))
     return _finish(q, k, scaled, result, return_lse)
 
@@ -175,14 +177,20 @@ def _nvfp4_columns(v: Tensor) -> Tensor:
 
 
 def _fine_int8(
-    scaled: Tensor, k: Tensor, v: Tensor, block_m: int, rows_per_scale: tuple[int, int]
+    scaled: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_m: int,
+    rows_per_scale: tuple[int, int],
+    *,
+    along: bool = False,
 ) -> _Prepared:
-    """``rows_per_scale`` of Q and of K."""
+    """``rows_per_scale`` of Q and of K; ``along`` is how keys are rounded."""
     smooth, rotated = formats.rotate(_minus_mean(k)), formats.rotate(scaled)
     q_mean = rotated.mean(-2, keepdim=True)
     return _Prepared(
         q=formats.int8(rotated - q_mean, rows_per_scale[0]).value(),
-        k=formats.int8(smooth, rows_per_scale[1]).value(),
+        k=formats.int8(smooth, rows_per_scale[1], along=along).value(),
         v=v,
         k_exact=smooth,
         q_means=q_mean.expand(-1, -1, -(-rotated.shape[-2] // block_m), -1),

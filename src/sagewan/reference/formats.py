@@ -27,13 +27,21 @@ class Scaled:
         return self.data * self.scale
 
 
-def int8(x: Tensor, rows: int) -> Scaled:
-    """[..., N, D] → integers −127…127 with one float32 scale per ``rows`` rows."""
+def int8(x: Tensor, rows: int, *, along: bool = False) -> Scaled:
+    """[..., N, D] → integers −127…127 with one float32 scale per ``rows`` rows.
+
+    ``along``: each row is stretched by as much as its rounding, tried before, shortens it along
+    itself, so that its error has little of its own direction."""
     count = x.shape[-2]
     blocks = F.pad(x.float(), (0, 0, 0, -count % rows)).unflatten(-2, (-1, rows))
     scale = _nonzero(blocks.abs().amax((-2, -1), keepdim=True) / INT8_MAX)
     scale = scale.expand(*blocks.shape[:-1], 1).flatten(-3, -2)[..., :count, :]
-    return Scaled((x.float() / scale).round().clamp(-INT8_MAX, INT8_MAX), scale)
+    values = x.float() / scale
+    if along:
+        squares = (values * values).sum(-1, keepdim=True).clamp(min=1e-30)
+        over = ((values.round() - values) * values).sum(-1, keepdim=True) / squares
+        values = values * (1 - over)
+    return Scaled(values.round().clamp(-INT8_MAX, INT8_MAX), scale)
 
 
 def e4m3(x: Tensor) -> Tensor:

@@ -126,20 +126,21 @@ def few() -> list[dict[str, Any]]:
     rows = []
     for inputs, outputs in SHAPES:
         copies = [_layer(inputs, outputs) for _ in range(round(_COPIES_BYTES / inputs / outputs))]
+        packed = {
+            name: [pack(weight, WAYS[name][0]) for weight, _ in copies]
+            for name in ("fp8_scaled", "fp4_scaled")
+        }
         for count in FEW:
             x = torch.randn(count, inputs, device="cuda", dtype=torch.bfloat16)
             runs: Runs = {"bf16": [partial(F.linear, x, w, bias) for w, bias in copies]}
             errors = {}
-            for name in ("fp8_scaled", "fp4_scaled"):
-                packed = [pack(w, WAYS[name][0]) for w, _ in copies]
-                runs[name] = [
-                    partial(matmul.thin, x, p, bias)
-                    for p, (_, bias) in zip(packed, copies, strict=True)
-                ]
-                errors[name] = _error(runs[name][0], x, packed[0], copies[0][1], 0.01)
-            runs["fp8_scaled, input rounded too"] = [
-                partial(matmul.fp8_rows, x, pack(w, "float8_e4m3fn"), bias) for w, bias in copies
-            ]
+            for name, weights in packed.items():
+                pairs = zip(weights, copies, strict=True)
+                runs[name] = [partial(matmul.thin, x, one, bias) for one, (_, bias) in pairs]
+                errors[name] = _error(runs[name][0], x, weights[0], copies[0][1], 0.01)
+            pairs = zip(packed["fp8_scaled"], copies, strict=True)
+            rounded = [partial(matmul.fp8_rows, x, one, bias) for one, (_, bias) in pairs]
+            runs["fp8_scaled, input rounded too"] = rounded
             times = in_turns(runs)
             calls = {name: called(run) for name, run in runs.items()}
             for name in (name for name in runs if name != "bf16"):

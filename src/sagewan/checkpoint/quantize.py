@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sagewan.checkpoint import kitchen
+from sagewan.checkpoint.nvfp4 import quantize_nvfp4
 from sagewan.checkpoint.packed import FP8_DTYPES, Packed, unpack
 from sagewan.errors import RequestError
 
@@ -19,7 +20,7 @@ def pack(weight: Tensor, format_: str, *, per_tensor: bool = False) -> Packed:
         data, scale = _fp8(weight, FP8_DTYPES[format_], per_tensor=per_tensor)
         return Packed(format=format_, shape=(rows, columns), data=data, scale=scale)
     if format_ == "nvfp4":
-        data, scale, tensor_scale = kitchen.quantize_nvfp4(weight)
+        data, scale, tensor_scale = quantize_nvfp4(weight)
         return Packed(
             format=format_,
             shape=(rows, columns),

@@ -58,9 +58,7 @@ def _run(
     if rows > MAX_ROWS:
         raise ShapeError(f"{rows} rows: the kernel takes up to {MAX_ROWS}")
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    # The more rows of W a thread holds, the more products a loaded value of x serves; but each row
-    # of x wants a sum for each of them.
-    held = 8 if rows <= 4 else 4
+    held = _held(rows)
     arguments = {
         "x": x.contiguous(),
         **weight,
@@ -79,6 +77,12 @@ def _run(
     kind = fp4, rows, outputs, columns, x.dtype, None if bias is None else bias.dtype
     _launch(kind, grid, x.device, arguments)
     return out
+
+
+def _held(rows: int) -> int:
+    """Rows of W in a block of threads: the more, the more products a loaded value of x serves; but
+    each row of x wants a sum for each of them."""
+    return 8 if rows <= 4 else 4
 
 
 @triton.jit

@@ -14,6 +14,8 @@ INT8_MAX = 127.0
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 NVFP4_GROUP = 16
+_HALVES = 1.5 * 2.0**22
+_TWO_DIGITS = 2.0**22 + 1
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,14 @@ def e4m3_per_channel(x: Tensor) -> Scaled:
 
 def e2m1(x: Tensor) -> Tensor:
     """Any shape → the nearest of 0, ½, 1, 1½, 2, 3, 4, 6 with sign, in float32; saturates."""
-    size = x.float().abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return ((size / step).round() * step).clamp(max=E2M1_MAX).copysign(x.float())
+    x = x.float()
+    size = x.abs().clamp_(max=E2M1_MAX)
+    # Sums of this size are multiples of ½; and what is cut off here leaves two digits. Both are the
+    # processor's own rounding.
+    halves = (size + _HALVES).sub_(_HALVES)
+    shifted = size * _TWO_DIGITS
+    digits = shifted - (shifted - size)
+    return torch.where(size < 2, halves, digits).copysign_(x)
 
 
 def nvfp4(x: Tensor, global_scale: Tensor | None = None) -> Scaled:

@@ -62,5 +62,4 @@ def _packed(numbers: Tensor) -> Tensor:
     low = torch.where(size < 4, size + 2, size / 2 + 4)
     code = torch.where(size < 2, size * 2, low).to(torch.uint8)
     code += (numbers < 0).to(torch.uint8) * 8
-    pairs = code.unflatten(1, (-1, 2))
-    return pairs[..., 0] << 4 | pairs[..., 1]
+    return code[:, ::2] * 16 + code[:, 1::2]

@@ -11,8 +11,9 @@ demo: .venv/ready
 	$(BIN)/sagewan generate "a red ball rolls to the right" --seed 1 -o out/ball.mp4 \
 	  --report out/ball.json
 
+# As many tests at a time as there are cores, up to four: each takes one.
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

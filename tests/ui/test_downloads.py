@@ -61,14 +61,12 @@ def test_nothing_else_is_fetched(command: None) -> None:
 
 
 def test_a_model_that_is_here_is_said_with_what_it_is(queue: Queue) -> None:
-    summary, problems = model_facts("demo")
-    assert summary is not None
-    assert summary.startswith("demo, t2v/i2v")
-    assert summary.endswith(" MB")
-    assert " 0" not in summary
+    facts, problems = model_facts("demo")
+    assert facts[:2] == ("demo", "t2v/i2v")
+    assert 10 < float(facts[-1].removesuffix(" MB")) < 40
     assert problems == ()
-    assert model_facts(NAME) == (None, ())
-    assert "demo, t2v/i2v" in BOARDS["model"](queue, "me", Words("en"))
+    assert model_facts(NAME) == ((), ())
+    assert "demo · t2v/i2v" in BOARDS["model"](queue, "me", Words("en"))
 
 
 def test_a_download_that_does_not_end_by_itself_is_ended(

@@ -186,6 +186,6 @@ def test_what_a_model_is_stands_there_in_the_visitors_language(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = Inspection(path="x", kind="text_encoder + vae", problems=["it is wet"])
-    monkeypatch.setattr("sagewan.ui.found.inspect", lambda _: found)
+    monkeypatch.setattr("sagewan.ui.boards.model_facts", lambda _: (found.facts(), ()))
     assert "text encoder + vae · 0 MB · with problems" in BOARDS["model"](queue, "me", Words("en"))
     assert "文本编码器 + VAE · 0 MB · 有问题" in BOARDS["model"](queue, "me", Words("zh"))

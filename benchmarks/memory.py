@@ -49,10 +49,12 @@ from sagewan.pipeline.progress import Event, Watch
 from sagewan.pipeline.run import Prepared, execute
 from sagewan.pipeline.session import Part, Session
 from sagewan.pipeline.step_cache import Forwards
+from sagewan.plan.blocks import block_rows
 from sagewan.plan.budget import GIB, Chunks
-from sagewan.plan.catalogue import row_named
+from sagewan.plan.catalogue import ROWS, row_named
 from sagewan.plan.decoding import EXACT, Decoding
-from sagewan.plan.evidence import Evidence
+from sagewan.plan.evidence import Evidence, SelfTest
+from sagewan.plan.linear import LINEAR_ROWS
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.plan import Plan, make_plan
 from sagewan.plan.pretend import pretend
@@ -80,19 +82,26 @@ class Card:
 T2V, A14B, TI2V = "wan2.1-t2v-14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"
 _LOW, _BALANCED, _HIGH = "fp4_scaled", "fp8_scaled", "fp8_scaled"
 
+# Where sequences are long only some of the blocks attend, for time.
 CARDS: Mapping[str, Card] = {
-    "low-8": Card(T2V, 8, 16, _LOW, (1280, 720), 61),
-    "low-8-a14b": Card(A14B, 8, 16, _LOW, (1280, 720), 61, attention="sageattn_3"),
+    "low-8": Card(T2V, 8, 16, _LOW, (1280, 720), 61, attending=4),
+    "low-8-a14b": Card(A14B, 8, 16, _LOW, (1280, 720), 61, attention="sageattn_3", attending=4),
     "low-8-ti2v": Card(TI2V, 8, 16, _LOW, (1280, 704), 61),
-    "low-12": Card(T2V, 12, 16, _LOW, (1280, 720), 61, attention="sageattn_3"),
-    "balanced-12": Card(T2V, 12, 32, _BALANCED, (1280, 720), 81, attention="sageattn_3_fp8"),
+    "low-12": Card(T2V, 12, 16, _LOW, (1280, 720), 61, attention="sageattn_3", attending=4),
+    "balanced-12": Card(
+        T2V, 12, 32, _BALANCED, (1280, 720), 81, attention="sageattn_3_fp8", attending=4
+    ),
     "balanced-12-ti2v": Card(TI2V, 12, 32, _BALANCED, (1280, 704), 121, attention="sageattn_3_fp8"),
-    "balanced-16": Card(T2V, 16, 32, _BALANCED, (1280, 720), 81, attention="sageattn_3_fp8"),
-    "balanced-16-a14b": Card(A14B, 16, 32, _BALANCED, (1280, 720), 81, attention="sageattn_3_fp8"),
+    "balanced-16": Card(
+        T2V, 16, 32, _BALANCED, (1280, 720), 81, attention="sageattn_3_fp8", attending=4
+    ),
+    "balanced-16-a14b": Card(
+        A14B, 16, 32, _BALANCED, (1280, 720), 81, attention="sageattn_3_fp8", attending=4
+    ),
     "small-12": Card(T2V, 12, 32, _BALANCED, (832, 480), 81),
     "small-16-1.3b": Card("wan2.1-t2v-1.3b", 16, 32, "none", (832, 480), 81),
     "odd-12": Card(T2V, 12, 32, _BALANCED, (960, 544), 49),
-    "odd-24": Card(A14B, 24, 32, _BALANCED, (1024, 576), 97, attention="sageattn"),
+    "odd-24": Card(A14B, 24, 32, _BALANCED, (1024, 576), 97, attention="sageattn", attending=4),
     # 252,960 tokens: one step of each expert.
     "quality-16": Card(
         T2V, 16, 32, _HIGH, (1920, 1080), 121, 1, attention="sageattn_3", attending=2
@@ -199,7 +208,7 @@ def _pipeline(card: Card, layers: int | None) -> dict[str, Any]:
                 request=plan.request,
                 model=model,
                 hardware=hardware,
-                evidence=Evidence(),
+                evidence=_proved(),
                 plan=plan,
             )
             components: list[Any] = []
@@ -295,7 +304,17 @@ def _plan(card: Card, model: Model, output: Path) -> tuple[Plan, Any]:
         # One step of each expert where there are two.
         boundary=0.95 if model.experts == 2 else None,
     )
-    return make_plan(request, model, hardware, Evidence()), hardware
+    return make_plan(request, model, hardware, _proved()), hardware
+
+
+def _proved() -> Evidence:
+    """Every row as if its self-test had passed: those take time, and are not what is measured."""
+    names = [row.name for row in (*ROWS, *LINEAR_ROWS, *block_rows())]
+    passed = {
+        name: SelfTest(implementation=name, error=0.0, limit=1.0, milliseconds=1.0)
+        for name in names
+    }
+    return Evidence(tests=passed)
 
 
 @contextmanager

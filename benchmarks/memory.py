@@ -412,7 +412,10 @@ def _of_process() -> list[int]:
     """Bytes that the driver's library counts for this process; none where it knows other ids."""
     import pynvml
 
-    pynvml.nvmlInit()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
     devices = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     processes = [x for one in devices for x in pynvml.nvmlDeviceGetComputeRunningProcesses(one)]
     return [x.usedGpuMemory for x in processes if x.pid == os.getpid() and x.usedGpuMemory]

@@ -122,10 +122,15 @@ def main() -> None:
         "--context", type=float, help="GiB of the device that are not torch's; others run beside"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--show", type=Path, nargs="+", help="only the table of such files")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
     _HELD.update(context=arguments.context)
     signal.signal(signal.SIGTERM, _cut_off)
+    if arguments.show:
+        read = (json.loads(path.read_text(encoding="utf-8"))["cases"] for path in arguments.show)
+        _table({name: facts for cases in read for name, facts in cases.items()})
+        return
     cases = {**_cards(arguments.layers), **_others()}
     if arguments.list:
         print("\n".join(cases))
@@ -166,19 +171,31 @@ def _write(path: Path, found: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+# The plan's names of the stages, and the run's.
+_STAGES = {"text": "encode", "denoise": "denoise", "decode": "decode"}
+
+
 def _table(found: Mapping[str, Mapping[str, Any]]) -> None:
-    print(f"\n{'case':20} {'planned':>8} {'used':>8} {'ratio':>6} {'pinned':>15} {'swap':>5}")
+    """By stage, GiB: planned and used on the device, on the host, and pinned."""
+    head = ("planned", "used", "ratio", "host", "used", "ratio", "pinned", "used", "ratio")
+    print(f"\n{'case':18} {'stage':8}", *(f"{word:>7}" for word in head))
     for name, facts in found.items():
-        if "used" in facts:
-            pinned = f"{facts['pinned']:.2f} of {facts['planned_pinned']:.2f}"
-            print(
-                f"{name:20} {facts['planned']:8.2f} {facts['used']:8.2f} "
-                f"{facts['used'] / facts['planned']:6.3f} {pinned:>15} {facts['swapped']:5}"
-                + f" ran out {facts['survived']} times"
-                * (facts["survived"] > 0)
-            )
-        else:
-            print(f"{name:20}", {key: value for key, value in facts.items() if key != "seconds"})
+        if "used_by_stage" not in facts:
+            print(f"{name:18}", {key: value for key, value in facts.items() if key != "seconds"})
+            continue
+        for stage, ran in _STAGES.items():
+            if used := facts["used_by_stage"].get(ran):
+                host = used["host"] - facts["stand_ins"].get(ran, 0)
+                wanted = facts["planned_host_by_stage"][stage]
+                device = facts["stages"][stage]
+                numbers = [device, used["device"], used["device"] / device]
+                numbers += [wanted, host, host / wanted]
+                pinned = used["pinned_by_torch"] + facts["pinned"] * (stage == "denoise")
+                wanted = facts["planned_pinned_by_stage"][stage]
+                numbers += [wanted, pinned, pinned / wanted if wanted else 1]
+                print(f"{name:18} {stage:8}", *(f"{number:7.3f}" for number in numbers))
+        swaps = f"{facts['swapped']} blocks swapped, tile {facts['tile']}, {facts['attention']}"
+        print(f"{'':18} {facts['outcome']}, {swaps}, ran out {facts['survived']} times")
 
 
 # --- whole pipelines ---
@@ -234,7 +251,7 @@ def _pipeline(card: Card, layers: int | None) -> dict[str, Any]:
         },
         "stand_ins": {k: round(v / GIB, 3) for k, v in _HELD["stand_ins"].items()},
         "pinned": round(components[0].pinned_bytes / GIB, 3),
-        "planned_pinned": round(last.pinned / GIB, 3),
+        "planned_pinned_by_stage": {s.name: round(s.pinned / GIB, 3) for s in last.stages},
         "planned_host": round(memory.host_peak / GIB, 2),
         "planned_host_by_stage": {s.name: round(s.host / GIB, 2) for s in last.stages},
         "items": {
@@ -252,7 +269,19 @@ def _pipeline(card: Card, layers: int | None) -> dict[str, Any]:
     }
 
 
-_STAGE = {"now": "load"}
+_STAGE: dict[str, Any] = {"now": "load", "allocated": {}}
+
+
+def _enter(stage: str) -> None:
+    """From here on it is this stage; of the one before torch knows the most that was allocated."""
+    before = _STAGE["now"]
+    if stage != before:
+        most = max(_STAGE["allocated"].get(before, 0), torch.cuda.max_memory_allocated())
+        _STAGE["allocated"][before] = most
+        torch.cuda.reset_peak_memory_stats()
+        _STAGE["now"] = stage
+
+
 # What this process holds beyond torch's memory (GiB, None: the driver says), and the bytes of the
 # random weights that stand for a file's pages.
 _HELD: dict[str, Any] = {"context": None, "stand_ins": {}}
@@ -268,7 +297,7 @@ def _run(decision: Decision, output: Path) -> tuple[str, Mapping[str, Any], list
         if event.done in (0, 1, event.total):
             now = time.perf_counter() - began
             print(f"{now:7.1f} s {event.stage} {event.done}", file=sys.stderr, flush=True)
-        _STAGE.update(now=event.stage)
+        _enter(event.stage)
         if event.plan:
             plans.append(event.plan)
 
@@ -342,13 +371,16 @@ def _attending(card: Card, model: Model) -> Iterator[None]:
 @contextmanager
 def _watched() -> Iterator[dict[str, Any]]:
     """The most of the device that the process holds, as the driver tells, and of the host's memory,
-    in bytes, sampled every 5 ms; and the most that torch allocated of it."""
+    in bytes, sampled every 10 ms; and the most that torch allocated of the device."""
     peak: dict[str, Any] = {"device": 0, "stages": {}}
     done = threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.005):
-            found = {"device": _used(), "allocated": torch.cuda.memory_allocated(), **_host()}
+        while not done.wait(0.01):
+            found = {"device": _used(), **_host()}
+            found["pinned_by_torch"] = torch.cuda.host_memory_stats().get(
+                "allocated_bytes.current", 0
+            )
             stage = peak["stages"].setdefault(_STAGE["now"], {})
             for key, value in found.items():
                 stage[key] = max(stage.get(key, 0), value)
@@ -361,6 +393,9 @@ def _watched() -> Iterator[dict[str, Any]]:
     finally:
         done.set()
         thread.join()
+        _enter("after")
+        for stage, allocated in _STAGE["allocated"].items():
+            peak["stages"].setdefault(stage, {})["allocated"] = allocated
 
 
 def _used() -> int:

@@ -90,6 +90,25 @@ def test_shrunken_folders_saved_by_diffusers_are_read(
         assert model.words == {}
 
 
+def test_what_the_weights_are_stored_in_is_seen(tmp_path: Path) -> None:
+    folder = write_folder(T2V, tmp_path / "a")
+    weights = {"a": ("F32", 100), "b": ("F32", 48), "c": ("BF16", 60)}
+    header, end = {}, 0
+    for name, (dtype, nbytes) in weights.items():
+        size = nbytes // (4 if dtype == "F32" else 2)
+        header[name] = {"dtype": dtype, "shape": [size], "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header).encode()
+    for part, file in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        path = folder / part / f"{file}.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
+    found = find_model(str(folder))
+    assert found.dtypes == {"transformer": "float32", "text_encoder": "float32"}
+    assert found.made_anew("transformer", "bfloat16")
+    assert not found.made_anew("transformer", "float32")
+    assert not PUBLISHED[T2V].made_anew("transformer", "bfloat16"), "not looked at"
+
+
 def test_an_unknown_size_samples_like_the_nearest_model_with_its_own_shift(tmp_path: Path) -> None:
     folder = write_folder("wan2.2-ti2v-5b", tmp_path / "mine")
     change(folder / "transformer/config.json", num_layers=28)

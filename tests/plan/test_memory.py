@@ -138,6 +138,38 @@ def test_too_little_host_memory_is_said() -> None:
     assert make_plan(request, stored, hardware, Evidence()).memory.fits
 
 
+def test_weights_that_are_made_anew_are_whole_on_the_host_and_it_is_said() -> None:
+    """Files of float32, as Wan 2.1's and A14B's own are, can't be used in their pages."""
+    request = Request(prompt="x", quantization="none", size=(832, 480))
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        model = replace(T2V, dtypes={"transformer": dtype, "text_encoder": dtype})
+        for ram in (24, 48):
+            hardware = pretend(machine(), gpu=None, vram=48, ram=ram)
+            found[dtype, ram] = make_plan(request, model, hardware, Evidence())
+    text, denoise = (
+        [next(s for s in plan.memory.stages if s.name == name) for plan in found.values()]
+        for name in ("text", "denoise")
+    )
+    assert text[2].host - text[0].host == text[0].items[0].mapped > 10 * GIB
+    assert denoise[2].host - denoise[0].host == found["float32", 24].weights.bytes > 26 * GIB
+    assert [plan.memory.fits for plan in found.values()] == [True, True, False, True]
+    note = next(note for note in found["float32", 24].notes if "host memory" in note)
+    assert "--quantization fp8_scaled needs half" in note
+    # What is advised helps; what is quantised while loading was never in the file's pages.
+    model = replace(T2V, dtypes={"transformer": "float32", "text_encoder": "float32"})
+    hardware = pretend(machine(), gpu=None, vram=48, ram=24)
+    eight = replace(request, quantization="fp8_scaled")
+    assert make_plan(eight, model, hardware, Evidence()).memory.fits
+    # A file of 8 bits stays where it is, but not its 16-bit copy.
+    stored = replace(T2V, quantized="float8_e4m3fn", dtypes={"transformer": "float8_e4m3fn"})
+    hosts = [
+        make_plan(replace(request, quantization=x), stored, hardware, Evidence()).memory.host_peak
+        for x in ("fp8_scaled", "none")
+    ]
+    assert hosts[0] < 3 * GIB < 26 * GIB < hosts[1]
+
+
 def test_a_card_that_is_too_small_for_the_text_gets_no_advice_that_would_not_help() -> None:
     note = next(note for note in plan(vram=4, ram=64).notes if "will not fit" in note)
     assert "larger card" in note

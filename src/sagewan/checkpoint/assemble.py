@@ -10,9 +10,9 @@ from sagewan.checkpoint.architecture import Architecture
 from sagewan.checkpoint.describe import Traits, is_published, model_of, nearest
 from sagewan.checkpoint.experts import Experts, find_experts
 from sagewan.checkpoint.folder import read_model
-from sagewan.checkpoint.infer import config_of, quantized_as
+from sagewan.checkpoint.infer import config_of, main_dtypes, quantized_as
 from sagewan.checkpoint.places import Search
-from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, VAE
+from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
 from sagewan.checkpoint.source import Source
 from sagewan.checkpoint.tokenizer import has_tokenizer
 from sagewan.errors import CheckpointError
@@ -103,7 +103,8 @@ def _with_parts(experts: Experts, path: Path, name: str) -> Model:
     parts |= dict(zip(("transformer", "transformer_2"), experts.paths, strict=False))
     parts["tokenizer"] = _tokenizer(text_encoder, search)
     parts |= _image_parts(architecture, search)
-    return replace(model, location=path, parts=parts)
+    files = {TRANSFORMER: experts.sources[0].files, TEXT_ENCODER: text_encoder.files}
+    return replace(model, location=path, parts=parts, dtypes=main_dtypes(files))
 
 
 def _side(source: Source, name: str, index: int) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 from sagewan.checkpoint.architecture import Architecture
 from sagewan.checkpoint.describe import Traits, is_published, model_of, nearest
 from sagewan.checkpoint.files import read_json, tensor_files
-from sagewan.checkpoint.infer import config_of, quantized_as
+from sagewan.checkpoint.infer import config_of, main_dtypes, quantized_as
 from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
 from sagewan.checkpoint.source import open_source
 from sagewan.errors import CheckpointError
@@ -101,6 +101,8 @@ def read_model(path: Path, name: str | None = None, experts: tuple[Path, ...] = 
         words=_words(path),
     )
     files = {part: tensor_files(parts[part]) for part in WITH_WEIGHTS & parts.keys()}
+    looked_at = {part: files[part] for part in (TRANSFORMER, TEXT_ENCODER)}
+    model = replace(model, dtypes=main_dtypes(looked_at))
     if all(x.dtype in _PLAIN for file in files["transformer"] for x in file.tensors.values()):
         return model
     return replace(model, quantized=quantized_as(open_source(parts["transformer"], TRANSFORMER)))

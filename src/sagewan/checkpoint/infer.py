@@ -5,11 +5,13 @@ VAE's statistics) is what Wan's own models have.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
 from sagewan.checkpoint.source import Entry, Source
+from sagewan.checkpoint.tensors import TensorFile
 from sagewan.errors import CheckpointError
 
 # Every Wan model's.
@@ -213,6 +215,18 @@ def quantized_as(source: Source) -> str | None:
     packed = [one for one in source.entries.values() if one.weight.is_packed]
     main = main_format(source)
     return main if any(one.format == main for one in packed) else None
+
+
+def main_dtypes(parts: Mapping[str, Iterable[TensorFile]]) -> dict[str, str]:
+    """What most bytes of each part are stored in, by torch's name or GGUF's."""
+    found = {}
+    for part, files in parts.items():
+        sizes = Counter[str]()
+        for stored in (one for file in files for one in file.tensors.values()):
+            sizes[stored.dtype] += stored.nbytes
+        if sizes:
+            found[part] = sizes.most_common(1)[0][0]
+    return found
 
 
 def formats(entries: Iterable[Entry]) -> dict[str, int]:

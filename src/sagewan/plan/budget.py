@@ -219,8 +219,11 @@ def text_stage(model: Model, dtype_bytes: int, swapped: int, *, on_device: bool)
     words, block = _UMT5_WORDS * dtype_bytes, _UMT5_BLOCK * dtype_bytes
     resident = words + (UMT5_BLOCKS - swapped + min(2, swapped)) * block
     pinned, whole = text_staging(swapped, dtype_bytes), UMT5_BLOCKS * block + words
-    # Its files have 16 bit, and stay where they are; in float32 it is made anew, whole on the host.
-    host, mapped = (pinned + whole, 0) if dtype_bytes > 2 else (pinned, whole)
+    # In another dtype than its files have (those of Wan 2.1 are float32, others bfloat16, which is
+    # assumed where they were not looked at) it is made anew, whole on the host.
+    stored = model.dtypes.get("text_encoder", "bfloat16")
+    anew = stored != ("float32" if dtype_bytes > 2 else "bfloat16")
+    host, mapped = (pinned + whole, 0) if anew else (pinned, whole)
     items = (
         Item("text encoder", resident if on_device else 0, host, pinned, mapped),
         Item("activations", *_where(_UMT5_ACTIVATIONS * dtype_bytes, on_device=on_device)),

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 from sagewan.plan.budget import GIB
 from sagewan.plan.hardware import Hardware
+from sagewan.plan.linear import E4M3
 from sagewan.plan.memory import LEAST_SWAP, MemoryPlan, Needs, plan_memory
 from sagewan.plan.models import Model
+from sagewan.plan.weights import weight_bytes
 
 
 def memory_notes(
@@ -98,14 +100,17 @@ def _advice(needs: Needs, hardware: Hardware) -> str:
 
 
 def _host_advice(needs: Needs, hardware: Hardware) -> str:
-    """What would need less of the host: 16 bit, which is what files have; a file that is quantised
-    already, as weights are whole on the host while they are quantised; a smaller video on a CPU."""
+    """What would need less of the host: 16 bit; a file that is quantised already, as weights are
+    whole on the host while they are quantised, or made 16 bit; a smaller video on a CPU."""
     short = replace(needs, dtype="bfloat16", weight_bytes=needs.weight_bytes // 2)
     if needs.dtype == "float32" and plan_memory(short, hardware).fits_host:
         return "--dtype bfloat16 needs half"
     quantised = replace(needs, file_backed=True)
     if needs.packed and not needs.file_backed and plan_memory(quantised, hardware).fits_host:
         return "quantize the model once with sagewan quantize: the file it makes needs less"
+    eight = replace(needs, weight_bytes=weight_bytes(needs.model, needs.dtype, E4M3))
+    if not needs.packed and needs.device.is_cuda and plan_memory(eight, hardware).fits_host:
+        return "--quantization fp8_scaled needs half"
     if not needs.device.is_cuda:
         return f"choose {smaller(needs.model, needs.frames, needs.grid_size)}, or a smaller model"
     return "choose a smaller model"

@@ -36,8 +36,9 @@ class Model:
 
     ``location`` is where its files are, None if only its name is known; ``parts`` the file or
     folder of each of its parts, by diffusers' names; ``quantized`` the format of the matrices that
-    its transformer's file holds quantised, None if they are plain; ``notes`` sentences on what was
-    made of them; ``spatial`` and ``temporal`` how many pixels and frames make one latent; ``patch``
+    its transformer's file holds quantised, None if they are plain; ``dtypes`` what most bytes of a
+    part's files are stored in, where they were looked at; ``notes`` sentences on what was made of
+    them; ``spatial`` and ``temporal`` how many pixels and frames make one latent; ``patch``
     the transformer's patch (frames, rows, columns); ``experts`` is 2 for Wan 2.2 A14B, which
     changes from the high-noise to the low-noise transformer at ``boundary`` of the noise scale;
     ``expand_timesteps`` marks TI2V, where every token has its own time; ``words`` the only words a
@@ -65,6 +66,7 @@ class Model:
     location: Path | None = None
     parts: Mapping[str, Path] = field(default_factory=dict)
     quantized: str | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -72,6 +74,10 @@ class Model:
     def grid(self) -> tuple[int, int]:
         """Width and height are generated in multiples of these pixels."""
         return self.spatial * self.patch[2], self.spatial * self.patch[1]
+
+    def made_anew(self, part: str, dtype: str) -> bool:
+        """Whether a part's weights, wanted in this dtype, can't stay in the pages of its files."""
+        return self.dtypes.get(part, dtype) != dtype
 
     @property
     def is_demo(self) -> bool:

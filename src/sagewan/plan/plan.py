@@ -117,7 +117,7 @@ def make_plan(
         texts=max(steps.passes),
         quantised_attention=any(MODES[c.mode].quality < Quality.EXACT for c in attention.choices),
         packed=weights.format is not None,
-        file_backed=weights.format == model.quantized and not weights.unpacks,
+        file_backed=_file_backed(weights, model, dtype),
         keeps_residuals=cache is not None and cache.keeps_residuals,
     )
     memory = plan_memory(needs, hardware, evidence.shortages)
@@ -147,6 +147,13 @@ def make_plan(
     swap = preset.block_swap if preset else None
     notes = (*_notes(plan, preset), *memory_notes(needs, memory, hardware, swap))
     return replace(plan, notes=notes)
+
+
+def _file_backed(weights: WeightsPlan, model: Model, dtype: str) -> bool:
+    """Whether the transformer's weights are used as its files have them."""
+    if weights.unpacks or weights.format != model.quantized:
+        return False
+    return model.quantized is not None or not model.made_anew("transformer", dtype)
 
 
 def _dtype(request: Request, device: Device) -> str:

@@ -99,56 +99,83 @@ def _thin_linear_kernel(
 ):  # fmt: skip
     # The block scales of rows 32 apart lie side by side, and so are read together.
     first = tl.program_id(0) // (128 // N) * 128 + tl.program_id(0) % (128 // N) * (N // 4)
-    output = first + tl.arange(0, N) % (N // 4) + tl.arange(0, N) // (N // 4) * 32
-    eights = tl.arange(0, K // 8)
     totals = ()
-    for _ in tl.static_range(M):
-        totals = totals + (tl.zeros((N, K // 8), tl.float32),)
+    for _ in tl.static_range(M * N):
+        totals = totals + (tl.zeros((K // 8,), tl.float32),)
     for start in range(0, columns, K):
-        eight = start // 8 + eights
-        inside = (output < outputs)[:, None] & (eight < columns // 8)[None, :]
-        offsets = output[:, None].to(tl.int64) * (columns // 8) + eight[None, :]
-        if FP4:
-            weight = _fp4(data, offsets, inside)
-            factor = _e4m3(_block_scales(scale, first, eight, columns, inside, N), NATIVE)
-        else:
-            weight = _fp8(data, offsets, inside, NATIVE)
+        eight = start // 8 + tl.arange(0, K // 8)
+        within = eight < columns // 8
+        weights, factors = (), ()
+        for n in tl.static_range(N):
+            # One row at a time: it lies over the threads as a row of x does.
+            output = (first + n % (N // 4) + n // (N // 4) * 32).to(tl.int64)
+            inside = within & (output < outputs)
+            if FP4:
+                weights = weights + (_fp4(data + output * (columns // 2), eight, inside),)
+                byte = tl.load(scale + _block_scale(output, eight, columns), mask=inside, other=0)
+                factors = factors + (_e4m3(byte, NATIVE),)
+            else:
+                weights = weights + (_fp8(data + output * columns, eight, inside, NATIVE),)
         sums = ()
         for m in tl.static_range(M):
             places = m * columns + eight[:, None] * 8 + tl.arange(0, 8)[None, :]
-            mask = (eight < columns // 8)[:, None] & (m < rows)
-            inputs = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
+            inputs = tl.load(x + places, mask=within[:, None] & (m < rows), other=0.0)
+            inputs = inputs.to(tl.float32)
             if FP4:
-                sums = sums + (totals[m] + _dot_of_eight(weight, inputs, K) * factor,)
-            else:
-                sums = sums + (totals[m] + tl.sum(weight * inputs[None], 2),)
+                inputs = _columns(inputs, K)
+            for n in tl.static_range(N):
+                if FP4:
+                    made = _dot_of_eight(weights[n], inputs) * factors[n]
+                else:
+                    made = tl.sum(weights[n] * inputs, 1)
+                sums = sums + (totals[m * N + n] + made,)
         totals = sums
+    held = tl.arange(0, N)
+    output = first + held % (N // 4) + held // (N // 4) * 32
+    inside = output < outputs
     if FP4:
-        factors = tl.load(tensor_scale) * _E2M1_BITS
+        factor = tl.load(tensor_scale) * _E2M1_BITS
     else:
-        factors = tl.load(scale + output, mask=output < outputs, other=0.0)
+        factor = tl.load(scale + output, mask=inside, other=0.0)
     if not NATIVE:
-        factors *= _E4M3_BITS
+        factor *= _E4M3_BITS
     for m in tl.static_range(M):
-        total = tl.sum(totals[m], 1) * factors
+        total = _sums(totals, m * N, N, K) * factor
         if bias is not None:
-            total += tl.load(bias + output, mask=output < outputs, other=0.0).to(tl.float32)
-        mask = (output < outputs) & (m < rows)
-        tl.store(out + m * outputs + output, total.to(out.dtype.element_ty), mask=mask)
+            total += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)
+        places = out + m * outputs + output
+        tl.store(places, total.to(out.dtype.element_ty), mask=inside & (m < rows))
 
 
 @triton.jit
-def _fp8(data, offsets, inside, NATIVE: tl.constexpr):
-    """Eights of e4m3 → float32 [N, K/8, 8]."""
-    places = (offsets * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
-    return _e4m3(tl.load(data + places, mask=inside[:, :, None], other=0), NATIVE)
+def _sums(totals, first, N: tl.constexpr, K: tl.constexpr):
+    """N of the totals [K/8], each added up, in their order → [N]."""
+    even = _four(totals[first], totals[first + N // 4], totals[first + N // 2],
+                 totals[first + N // 4 * 3])  # fmt: skip
+    if N == 8:
+        odd = _four(totals[first + 1], totals[first + 3], totals[first + 5], totals[first + 7])
+        even = tl.join(even, odd)
+    return tl.sum(even.reshape(K // 8, N), 0)
 
 
 @triton.jit
-def _fp4(data, offsets, inside):
-    """Eights of e2m1 → float32 [N, K/8] of each of their columns, 2¹⁴ too small."""
-    places = (offsets * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
-    halves = tl.load(data.to(tl.pointer_type(tl.uint16)) + places, mask=inside[:, :, None], other=0)
+def _four(zero, one, two, three):
+    return tl.join(tl.join(zero, two), tl.join(one, three))
+
+
+@triton.jit
+def _fp8(row, eight, inside, NATIVE: tl.constexpr):
+    """Eights of e4m3 → float32 [K/8, 8]."""
+    places = eight[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return _e4m3(tl.load(row + places, mask=inside[:, None], other=0), NATIVE)
+
+
+@triton.jit
+def _fp4(row, eight, inside):
+    """Eights of e2m1 → float32 [K/8] of each of their columns, 2¹⁴ too small."""
+    # Not as one word: of those the compiler would give four to a thread.
+    places = eight[:, None] * 2 + tl.arange(0, 2)[None, :]
+    halves = tl.load(row.to(tl.pointer_type(tl.uint16)) + places, mask=inside[:, None], other=0)
     low, high = tl.split(halves.to(tl.uint32))
     word = low | (high << 16)
     # float16 has e2m1's fields at bits 15 and 9 to 11, with a larger bias. The even columns are in
@@ -169,19 +196,16 @@ def _halves(word):
 
 
 @triton.jit
-def _block_scales(scale, first, eight, columns, inside, N: tl.constexpr):
-    """The scale's bits for eights of the rows that a program has, [N, K/8]."""
+def _block_scale(output, eight, columns):
+    """Where the block scales for eights of a row lie, as swizzled() has it: [K/8]."""
     block = eight // 2
-    row = first // 128 * tl.cdiv(columns, 64) * 512 + first % 128 * 16
-    # As swizzled() has it.
-    held = tl.arange(0, N) % (N // 4) * 16 + tl.arange(0, N) // (N // 4) * 4
-    where = held[:, None] + (row + block // 4 * 512 + block % 4)[None, :]
-    return tl.load(scale + where, mask=inside, other=0)
+    row = output // 128 * tl.cdiv(columns, 64) * 512 + output % 32 * 16 + output % 128 // 32 * 4
+    return row + block // 4 * 512 + block % 4
 
 
 @triton.jit
-def _dot_of_eight(weight, inputs, K: tl.constexpr):
-    """weight: float32 [N, K/8] of each of eight columns, inputs [K/8, 8] → [N, K/8]."""
+def _columns(inputs, K: tl.constexpr):
+    """[K/8, 8] → its eight columns."""
     even, odd = tl.split(inputs.reshape(K // 8, 2, 2, 2))
     zeros, twos = tl.split(even)
     ones, threes = tl.split(odd)
@@ -189,13 +213,16 @@ def _dot_of_eight(weight, inputs, K: tl.constexpr):
     one, five = tl.split(ones)
     two, six = tl.split(twos)
     three, seven = tl.split(threes)
-    total = weight[0] * zero[None] + weight[1] * one[None]
-    total += weight[2] * two[None]
-    total += weight[3] * three[None]
-    total += weight[4] * four[None]
-    total += weight[5] * five[None]
-    total += weight[6] * six[None]
-    return total + weight[7] * seven[None]
+    return zero, one, two, three, four, five, six, seven
+
+
+@triton.jit
+def _dot_of_eight(a, b):
+    """The sum of eight products of [K/8] with [K/8]."""
+    total = a[0] * b[0]
+    for column in tl.static_range(1, 8):
+        total += a[column] * b[column]
+    return total
 
 
 @triton.jit

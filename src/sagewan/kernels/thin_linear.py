@@ -8,6 +8,7 @@ W, whose values meet the same eight of each row of x; no memory is shared before
 """
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 import triton
@@ -58,7 +59,7 @@ def _run(
     if rows > MAX_ROWS:
         raise ShapeError(f"{rows} rows: the kernel takes up to {MAX_ROWS}")
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    held = _held(rows)
+    grid, constants = _form(rows, outputs, compute_capability(x.device) >= 89)
     arguments = {
         "x": x.contiguous(),
         **weight,
@@ -68,15 +69,24 @@ def _run(
         "outputs": outputs,
         "columns": columns,
         "FP4": fp4,
-        "NATIVE": compute_capability(x.device) >= 89,
+        **constants,
+    }
+    kind = fp4, rows, outputs, columns, x.dtype, None if bias is None else bias.dtype
+    _launch(kind, grid, x.device, arguments)
+    return out
+
+
+@cache
+def _form(rows: int, outputs: int, native: bool) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid and the kernel's constants: found once, for they take as long as a launch."""
+    held = _held(rows)
+    constants = {
+        "NATIVE": native,
         "M": triton.next_power_of_2(rows),
         "N": held,
         "K": _K,
     }
-    grid = triton.cdiv(outputs, 128) * 128 // held, 1, 1
-    kind = fp4, rows, outputs, columns, x.dtype, None if bias is None else bias.dtype
-    _launch(kind, grid, x.device, arguments)
-    return out
+    return (triton.cdiv(outputs, 128) * 128 // held, 1, 1), constants
 
 
 def _held(rows: int) -> int:

@@ -1,6 +1,8 @@
 """``sagewan queue`` and ``sagewan compare`` as they are typed."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +33,14 @@ def test_a_queue_is_filled_changed_and_worked_off(sagewan: Sagewan) -> None:
     assert videos == ["a-red-ball.mp4", "my-star.mp4"]
     assert sagewan("queue", "remove", "2").code == 0
     assert len(list(outputs_folder().rglob("*.mp4"))) == 1
+
+
+def test_a_worker_that_ends_before_its_parent_does_so_in_order() -> None:
+    command = [sys.executable, "-m", "sagewan", "queue", "work", "--until-empty", "--while-stdin"]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as worker:  # type: ignore[call-overload]
+        assert worker.wait(60) == 0
+        assert worker.stderr.read() == ""
 
 
 @pytest.mark.parametrize(

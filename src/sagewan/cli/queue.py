@@ -3,10 +3,10 @@
 import argparse
 import contextlib
 import json
+import os
 import secrets
 import signal
 import sqlite3
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -166,7 +166,10 @@ def _work(*, until_empty: bool, while_stdin: bool) -> int:
 
 
 def _stop_with_stdin(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    # Not by sys.stdin, which a thread that waits in it keeps from being closed: Python would abort
+    # if the work ended first.
+    while os.read(0, 1024):
+        pass
     stop.set()
 
 

@@ -12,7 +12,7 @@ from sagewan.plan.hardware import GIB
 from sagewan.plan.models import DEMO
 from sagewan.plan.modes import AUTO, MODES
 from sagewan.plan.serialize import field_types
-from sagewan.ui.handlers import SLOTS, Handlers
+from sagewan.ui.handlers import SLOTS, Answer, Handlers
 from sagewan.ui.templates import render, static
 from sagewan.ui.widgets import Widgets, choices_now
 from sagewan.ui.words import LANGUAGES, Words
@@ -102,7 +102,7 @@ class _Page:
                 with self._group("section.attention"):
                     widget("attention")
                     with gr.Row():
-                        widget("attention_ends", min_width=200)
+                        widget("attention_ends", min_width=300)
                         widget("attention_ends.first", min_width=100)
                         widget("attention_ends.last", min_width=100)
                     with gr.Row():
@@ -215,17 +215,20 @@ class _Page:
         shown = [*told, *made.values()]
 
         def changed(data: dict[Any, Any], request: gr.Request) -> dict[Any, Any]:
-            answer = handlers.changed(self._named(data), request)
-            updates = {self.plan: answer.plan, self.brief: answer.brief}
-            updates |= {self.answer: answer.refusal} | self._placed(answer.hints)
-            if answer.modes is not None:
-                updates |= {self.modes: answer.modes, self.weights: answer.weights or ""}
-            return updates
+            return self._told(handlers.changed(self._named(data), request))
 
         def opened(request: gr.Request) -> dict[Any, Any]:
-            return self._placed({"lora": [], "model": DEMO, **handlers.opened(request)}, keep=True)
+            kept = {"lora": [], "model": DEMO, **handlers.opened(request)}
+            # Nothing else is sent: a visitor may have begun to type.
+            placed = self._placed(kept)
+            values = {name: widget.value for name, widget in made.items()} | kept
+            for widget, update in self._told(handlers.changed(values, request)).items():
+                if widget in placed:
+                    update |= {"value": placed[widget]}
+                placed[widget] = update
+            return placed
 
-        page.load(opened, None, list(every), **_EVENT).then(changed, every, shown, **_EVENT)
+        page.load(opened, None, shown, **_EVENT)
         gr.on(
             [widget.change for widget in every],
             changed,
@@ -235,6 +238,14 @@ class _Page:
             **_EVENT,
         )
         self._wire_buttons(every)
+
+    def _told(self, answer: Answer) -> dict[Any, Any]:
+        """What the page shows of an answer."""
+        updates = {self.plan: answer.plan, self.brief: answer.brief}
+        updates |= {self.answer: answer.refusal} | self._placed(answer.hints)
+        if answer.modes is not None:
+            updates |= {self.modes: answer.modes, self.weights: answer.weights or ""}
+        return updates
 
     def _wire_buttons(self, every: set[Any]) -> None:
         handlers = self.handlers

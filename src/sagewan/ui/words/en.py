@@ -78,7 +78,7 @@ EN: Mapping[str, str] = {
     "info.attention_keep_layers": "Numbers, such as 0, 39.",
     "info.sparsity": "radial:0.75 leaves out three quarters of attention but in the first quarter of the steps; for long videos. Empty: none.",
     "info.quantization": "How the weights are stored and multiplied.",
-    "info.lora": "From the folder loras in the models folder; the experts are those of Wan 2.2 A14B.",
+    "info.lora": "The demo's own, and those in the folder loras of the models folder; the experts are those of Wan 2.2 A14B.",
     "info.lora.strength": "One for each, such as 1, 0.8.",
     "info.block_swap": "How many blocks wait in host memory, at least. Empty: as many as the plan says.",
     "info.cache": "Leaves out steps that would change little: easy:0.05 lets them differ by about 5 %. Empty: none.",

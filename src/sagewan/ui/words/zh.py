@@ -78,7 +78,7 @@ ZH: Mapping[str, str] = {
     "info.attention_keep_layers": "层号，例如 0, 39。",
     "info.sparsity": "radial:0.75 在开头四分之一的步之后略过四分之三的注意力；适合长视频。留空：不用。",
     "info.quantization": "权重如何存放和相乘。",
-    "info.lora": "来自模型文件夹中的 loras 文件夹；专家指 Wan 2.2 A14B 的两个专家。",
+    "info.lora": "demo 自带的，以及模型文件夹中 loras 文件夹里的；专家指 Wan 2.2 A14B 的两个专家。",
     "info.lora.strength": "每个一个，例如 1, 0.8。",
     "info.block_swap": "至少有多少个块放在内存里等待。留空：由计划决定。",
     "info.cache": "跳过变化很小的步：easy:0.05 允许相差约 5%。留空：不用。",

@@ -48,7 +48,7 @@ def nvfp4(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weight, *kitchen.quantize_nvfp4(weight)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (48, 272), (144, 320)])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (144, 272)])
 def test_fp4_weights_are_unpacked_to_the_bit(rows: int, columns: int) -> None:
     _, data, scale, tensor_scale = nvfp4(rows, columns)
     expected = kitchen.unpack_nvfp4(data, scale, tensor_scale)
@@ -62,7 +62,7 @@ def test_fp4_weights_are_unpacked_to_the_bit(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize(
     ("count", "outputs", "columns", "native"),
-    [(1, 144, 272, False), (2, 48, 1040, True), (5, 48, 272, True)],
+    [(1, 144, 272, False), (2, 16, 1040, True), (5, 48, 272, True)],
 )
 def test_few_rows(
     count: int, outputs: int, columns: int, native: bool, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,10 @@ GROUP = 16
 # An unpacked weight is e2m1 · e4m3, at most 2688; e4m3 holds 448. A power of two costs no bit.
 E4M3_STEPS = 8.0
 _STEPS = tl.constexpr(E4M3_STEPS)
-_ROWS, _BYTES = 16, 128
+# What e2m1's values are multiplied by when their bits are read as float16's.
+E2M1_BITS = tl.constexpr(16384.0)
+# Rows and columns a block of threads, of which each has eight columns of a row.
+_ROWS, _COLUMNS = 8, 1024
 
 
 def unpack_16(
@@ -63,22 +66,46 @@ def _unpacked(
         "tensor_scale": tensor_scale,
         "out": out,
         "rows": rows,
-        "bytes_": columns // 2,
-        "scale_blocks": scale.shape[1] // 4,
-        "ROWS": _ROWS,
-        "BYTES": _BYTES,
+        "columns": columns,
+        "N": _ROWS,
+        "K": _COLUMNS,
     }
-    grid = (triton.cdiv(columns // 2, _BYTES), triton.cdiv(rows, _ROWS))
-    launch(_unpack_kernel, grid, data.device, arguments, Schedule(warps=4))
+    grid = (triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, 128) * 128 // _ROWS)
+    launch(_unpack_kernel, grid, data.device, arguments, Schedule(warps=_COLUMNS // 256))
     return out
 
 
 @triton.jit
-def e2m1(nibble):
-    """The value of 4 bits (sign, two of exponent, one of mantissa) in float32."""
-    # float16 has the same fields with a bias 14 larger; its subnormals are e2m1's ½.
-    bits = ((nibble & 8) << 12) | ((nibble & 7) << 9)
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+def row_of(place, n, N: tl.constexpr):
+    """The n-th of the N rows, a multiple of 4, that a program has: in fours of rows 32 apart, whose
+    block scales lie side by side."""
+    first = place // (128 // N) * 128 + place % (128 // N) * (N // 4)
+    return first + n % (N // 4) + n // (N // 4) * 32
+
+
+@triton.jit
+def e2m1_columns(row, eight, inside):
+    """Eights of a row's e2m1 → float32 [K/8] of each of their columns, 2¹⁴ too small."""
+    # Not as one word: of those the compiler would give four to a thread.
+    places = eight[:, None] * 2 + tl.arange(0, 2)[None, :]
+    halves = tl.load(row.to(tl.pointer_type(tl.uint16)) + places, mask=inside[:, None], other=0)
+    low, high = tl.split(halves.to(tl.uint32))
+    word = low | (high << 16)
+    # float16 has e2m1's fields at bits 15 and 9 to 11, with a larger bias. The even columns are in
+    # the high nibbles; a pair of columns four apart lies 16 bits apart.
+    one, five = _halves(word << 12)
+    zero, four = _halves(word << 8)
+    three, seven = _halves(word << 4)
+    two, six = _halves(word)
+    return zero, one, two, three, four, five, six, seven
+
+
+@triton.jit
+def _halves(word):
+    """The e2m1 in bits 12 to 15 and that in bits 28 to 31."""
+    both = (word & 0x80008000) | ((word >> 3) & 0x0E000E00)
+    low = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -90,11 +117,12 @@ def e4m3(byte):
 
 
 @triton.jit
-def swizzled(row, block, scale_blocks):
-    """Where the scale of a block of 16 lies: tiles of 128 rows by 4 blocks, in which four rows of
-    each 32 lie side by side."""
-    tile = (row // 128) * scale_blocks + block // 4
-    return tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4
+def block_scale(output, eight, columns):
+    """Where the block scales for eights of a row lie: tiles of 128 rows by 4 blocks of 16, in which
+    four rows of each 32 lie side by side."""
+    block = eight // 2
+    row = output // 128 * tl.cdiv(columns, 64) * 512 + output % 32 * 16 + output % 128 // 32 * 4
+    return row + block // 4 * 512 + block % 4
 
 
 @triton.jit
@@ -103,25 +131,33 @@ def _unpack_kernel(
     scale,  # [N'', blocks''] uint8, in the swizzle
     tensor_scale,  # [] float32, or None for e4m3
     out,  # [N, K]
-    rows, bytes_, scale_blocks,
-    ROWS: tl.constexpr, BYTES: tl.constexpr,
+    rows, columns,
+    N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
-    place = (tl.program_id(0) * BYTES + tl.arange(0, BYTES))[None, :]
-    inside = (row < rows) & (place < bytes_)
-    packed = tl.load(data + row.to(tl.int64) * bytes_ + place, mask=inside, other=0).to(tl.int32)
-    where = swizzled(row, place // 8, scale_blocks)
-    factor = e4m3(tl.load(scale + where, mask=inside, other=0).to(tl.int32))
+    factor = E2M1_BITS / _STEPS
     if tensor_scale is not None:
-        factor *= tl.load(tensor_scale)
-    else:
-        factor *= 1.0 / _STEPS
-    # The even columns are in the high nibbles.
-    values = tl.interleave(e2m1(packed >> 4) * factor, e2m1(packed & 15) * factor)
-    columns = (tl.program_id(0) * 2 * BYTES + tl.arange(0, 2 * BYTES))[None, :]
-    offsets = row.to(tl.int64) * (2 * bytes_) + columns
-    tl.store(
-        out + offsets,
-        values.to(out.dtype.element_ty),
-        mask=(row < rows) & (columns < 2 * bytes_),
-    )
+        factor = tl.load(tensor_scale) * E2M1_BITS
+    eight = tl.program_id(0) * (K // 8) + tl.arange(0, K // 8)
+    within = eight < columns // 8
+    # All is loaded before anything is stored, for the compiler can't know that they lie apart.
+    loaded, steps = (), ()
+    for n in tl.static_range(N):
+        row = row_of(tl.program_id(1), n, N).to(tl.int64)
+        inside = within & (row < rows)
+        byte = tl.load(scale + block_scale(row, eight, columns), mask=inside, other=0)
+        steps = steps + (e4m3(byte.to(tl.int32)) * factor,)
+        loaded = loaded + (e2m1_columns(data + row * (columns // 2), eight, inside),)
+    for n in tl.static_range(N):
+        row = row_of(tl.program_id(1), n, N).to(tl.int64)
+        values = loaded[n]
+        even = _joined(values[0], values[2], values[4], values[6], steps[n])
+        odd = _joined(values[1], values[3], values[5], values[7], steps[n])
+        eights = tl.join(even, odd).reshape(K // 8, 8).to(out.dtype.element_ty)
+        places = row * columns + eight[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(out + places, eights, mask=(within & (row < rows))[:, None])
+
+
+@triton.jit
+def _joined(zero, two, four, six, step):
+    """Four of [K/8], multiplied → [K/8, 2, 2], in their order."""
+    return tl.join(tl.join(zero * step, four * step), tl.join(two * step, six * step))

@@ -18,14 +18,14 @@ from torch import Tensor
 from sagewan.errors import ShapeError
 from sagewan.kernels import nvfp4_unpack
 from sagewan.kernels.launch import Repeated, Schedule, compute_capability
+from sagewan.kernels.nvfp4_unpack import E2M1_BITS, block_scale, e2m1_columns, row_of
 
 MAX_ROWS = 16
 # Columns a step: eight a thread, 16 bytes of x.
 _K = 1024
 _WARPS = _K // 256
-# What the formats' values are multiplied by when their bits are read as float16's.
+# What e4m3's values are multiplied by when their bits are read as float16's.
 _E4M3_BITS = tl.constexpr(256.0)
-_E2M1_BITS = tl.constexpr(16384.0)
 
 
 def thin_fp8(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,8 +107,7 @@ def _thin_linear_kernel(
     FP4: tl.constexpr, NATIVE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    # The block scales of rows 32 apart lie side by side, and so are read together.
-    first = tl.program_id(0) // (128 // N) * 128 + tl.program_id(0) % (128 // N) * (N // 4)
+    place = tl.program_id(0)
     totals = ()
     for _ in tl.static_range(M * N):
         totals = totals + (tl.zeros((K // 8,), tl.float32),)
@@ -118,11 +117,11 @@ def _thin_linear_kernel(
         weights, factors = (), ()
         for n in tl.static_range(N):
             # One row at a time: it lies over the threads as a row of x does.
-            output = (first + n % (N // 4) + n // (N // 4) * 32).to(tl.int64)
+            output = row_of(place, n, N).to(tl.int64)
             inside = within & (output < outputs)
             if FP4:
-                weights = weights + (_fp4(data + output * (columns // 2), eight, inside),)
-                byte = tl.load(scale + _block_scale(output, eight, columns), mask=inside, other=0)
+                weights = weights + (e2m1_columns(data + output * (columns // 2), eight, inside),)
+                byte = tl.load(scale + block_scale(output, eight, columns), mask=inside, other=0)
                 factors = factors + (_e4m3(byte, NATIVE),)
             else:
                 weights = weights + (_fp8(data + output * columns, eight, inside, NATIVE),)
@@ -140,11 +139,10 @@ def _thin_linear_kernel(
                     made = tl.sum(weights[n] * inputs, 1)
                 sums = sums + (totals[m * N + n] + made,)
         totals = sums
-    held = tl.arange(0, N)
-    output = first + held % (N // 4) + held // (N // 4) * 32
+    output = row_of(place, tl.arange(0, N), N)
     inside = output < outputs
     if FP4:
-        factor = tl.load(tensor_scale) * _E2M1_BITS
+        factor = tl.load(tensor_scale) * E2M1_BITS
     else:
         factor = tl.load(scale + output, mask=inside, other=0.0)
     if not NATIVE:
@@ -178,39 +176,6 @@ def _fp8(row, eight, inside, NATIVE: tl.constexpr):
     """Eights of e4m3 → float32 [K/8, 8]."""
     places = eight[:, None] * 8 + tl.arange(0, 8)[None, :]
     return _e4m3(tl.load(row + places, mask=inside[:, None], other=0), NATIVE)
-
-
-@triton.jit
-def _fp4(row, eight, inside):
-    """Eights of e2m1 → float32 [K/8] of each of their columns, 2¹⁴ too small."""
-    # Not as one word: of those the compiler would give four to a thread.
-    places = eight[:, None] * 2 + tl.arange(0, 2)[None, :]
-    halves = tl.load(row.to(tl.pointer_type(tl.uint16)) + places, mask=inside[:, None], other=0)
-    low, high = tl.split(halves.to(tl.uint32))
-    word = low | (high << 16)
-    # float16 has e2m1's fields at bits 15 and 9 to 11, with a larger bias. The even columns are in
-    # the high nibbles; a pair of columns four apart lies 16 bits apart.
-    one, five = _halves(word << 12)
-    zero, four = _halves(word << 8)
-    three, seven = _halves(word << 4)
-    two, six = _halves(word)
-    return zero, one, two, three, four, five, six, seven
-
-
-@triton.jit
-def _halves(word):
-    """The e2m1 in bits 12 to 15 and that in bits 28 to 31."""
-    both = (word & 0x80008000) | ((word >> 3) & 0x0E000E00)
-    low = both.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _block_scale(output, eight, columns):
-    """Where the block scales for eights of a row lie, as swizzled() has it: [K/8]."""
-    block = eight // 2
-    row = output // 128 * tl.cdiv(columns, 64) * 512 + output % 32 * 16 + output % 128 // 32 * 4
-    return row + block // 4 * 512 + block % 4
 
 
 @triton.jit

@@ -78,12 +78,13 @@ class _Page:
         words, widget = self.words, self.widgets
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320, elem_classes="sw-left"):
-                widget("prompt", placeholder="a red ball rolls to the right")
+                widget("prompt", placeholder=words("example.prompt"))
                 with gr.Accordion(words("section.picture"), open=False), gr.Row():
                     widget("image", min_width=140)
                     widget("last_image", min_width=140)
                 widget("preset", elem_classes="sw-presets")
-                self._rows(("size", "frames", "steps", "seed"), across=2)
+                # In one line: the button below is in sight on a small screen too.
+                self._rows(("size", "frames", "steps", "seed"), across=4, min_width=104)
                 with gr.Accordion(words("section.leave_out"), open=False):
                     widget("negative")
                 self.go = gr.Button(words("button.generate"), variant="primary", elem_id="sw-go")
@@ -137,11 +138,11 @@ class _Page:
         with self._group("section.weights"):
             self._rows(("quantization", "block_swap", "cache"))
 
-    def _rows(self, names: tuple[str, ...], across: int = 3) -> None:
+    def _rows(self, names: tuple[str, ...], across: int = 3, min_width: int = 140) -> None:
         for start in range(0, len(names), across):
             with gr.Row():
                 for name in names[start : start + across]:
-                    self.widgets(name, min_width=140)
+                    self.widgets(name, min_width=min_width)
 
     def _compare_tab(self) -> None:
         words = self.words

@@ -67,6 +67,7 @@ EN: Mapping[str, str] = {
     "field.metadata": "Settings inside the video",
     "field.report": "Write a report beside the video",
     "info.prompt": "What the video should show, in English or Chinese.",
+    "example.prompt": "a red ball rolls to the right",
     "info.negative": "What it should not show. Empty: the model's own.",
     "info.model": "demo is on this machine; others are looked for in the models folder and the Hugging Face cache.",
     "info.output": "How the video is called when you download it. Empty: after the prompt.",

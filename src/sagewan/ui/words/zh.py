@@ -67,6 +67,7 @@ ZH: Mapping[str, str] = {
     "field.metadata": "把设置写进视频",
     "field.report": "在视频旁写一份报告",
     "info.prompt": "视频要展示什么，中英文均可。",
+    "example.prompt": "一个红色的球向右滚动",
     "info.negative": "不应出现什么。留空：用模型自带的。",
     "info.model": "demo 已在本机；其他模型在模型文件夹和 Hugging Face 缓存中查找。",
     "info.output": "下载视频时的名字。留空：取自提示词。",

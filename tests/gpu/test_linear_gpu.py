@@ -14,6 +14,8 @@ from sagewan.checkpoint import kitchen
 from sagewan.checkpoint.packed import Packed, unpack
 from sagewan.checkpoint.quantize import pack
 from sagewan.kernels import nvfp4_unpack
+from sagewan.kernels.fp8_linear import quantize_rows
+from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.model import matmul
 from sagewan.model.self_test import self_test
 from sagewan.pipeline import generate
@@ -162,6 +164,39 @@ def test_memory_that_runs_out_in_the_fp8_path_is_raised() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.mark.parametrize(
+    ("format_", "plain", "adding"),
+    [
+        ("float8_e4m3fn", matmul.fp8_rows, matmul.add_fp8_rows),
+        ("nvfp4", matmul.fp8_rows_of_nvfp4, matmul.add_fp8_rows_of_nvfp4),
+    ],
+)
+@pytest.mark.parametrize(
+    ("rows", "sides"), [(1000, (1536, 2048)), (77, (256, 528)), (16380, (5120, 5120))]
+)
+def test_a_product_added_is_the_product_and_the_sum(
+    format_: str, plain: Any, adding: Any, rows: int, sides: tuple[int, int]
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("cuBLASLt adds them on Hopper")
+    x, weight, bias = random(rows, sides[0]), random(sides[1], sides[0]), random(sides[1])
+    packed, before = pack(weight, format_), random(rows + 3, sides[1])
+    gate = torch.linspace(-1, 1, sides[1], device=before.device)
+    quantised = quantize_rows(x)
+    for own_bias, own_gate in ((bias, gate), (bias, None), (None, gate)):
+        product = plain(x, packed, own_bias).float()
+        expected = before[1:-2].float() + (product if own_gate is None else product * own_gate)
+        into = before.clone()
+        # From a token that begins no 16 bytes of scales.
+        adding(
+            Fp8Rows(quantised.data[1:], quantised.scale[1:]), packed, own_bias, own_gate, into[2:-2]
+        )
+        assert into[:2].equal(before[:2])
+        assert into[-2:].equal(before[-2:])
+        change = (into[2:-2].float() - expected[1:]).norm() / (expected - before[1:-2]).norm()
+        assert float(change) < 0.01
+
+
 @pytest.mark.parametrize("quantization", ["fp8_scaled", "fp4_scaled"])
 def test_a_run_multiplies_as_planned(quantization: str, tmp_path: Path) -> None:
     request = Request(
@@ -175,8 +210,10 @@ def test_a_run_multiplies_as_planned(quantization: str, tmp_path: Path) -> None:
     assert weights["format"] == {"fp8_scaled": "float8_e4m3fn", "fp4_scaled": "nvfp4"}[quantization]
     names = {row["implementation"] for row in weights["compute"]}
     if torch.cuda.get_device_capability() == (9, 0):
-        low = {"fp8_scaled": "torch.fp8_rows", "fp4_scaled": "torch.fp8_rows_of_nvfp4"}
+        low = {"fp8_scaled": "cublas.fp8_rows", "fp4_scaled": "cublas.fp8_rows_of_nvfp4"}
         assert low[quantization] in names
+        added = [row for row in weights["compute"] if "added to the residual" in row["compute"]]
+        assert {row["implementation"] for row in added} == {low[quantization]}
 
 
 def test_a_weight_on_the_gpu_is_packed_as_on_the_host() -> None:

@@ -167,6 +167,14 @@ def small_block(*, fp8: bool, pictures: bool = False) -> Any:
     return block
 
 
+def add_fp8(
+    x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Tensor | None, into: Tensor
+) -> None:
+    weight = packed.data.float() * packed.scale
+    product = F.linear(x.data.float() * x.scale, weight, bias.float())
+    into.copy_(into.float() + (product if gate is None else product * gate))
+
+
 def multiply_fp8(x: Any, packed: Packed, bias: Tensor | None) -> Tensor:
     if isinstance(x, Tensor):
         x = fp8_linear.quantize_rows(x)
@@ -210,12 +218,16 @@ def inputs(*, pictures: bool) -> tuple[Tensor, Tensor, Modulation, tuple[Tensor,
     )
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["16 bit", "fp8"])
+@pytest.mark.parametrize("weights", ["16 bit", "fp8", "fp8, added"])
 @pytest.mark.parametrize(("turn", "pictures"), [({}, False), ({"chunk": 3, "heads": 2}, True)])
 def test_the_fused_block_is_as_near_as_the_block(
-    fp8: bool, turn: dict[str, int], pictures: bool
+    weights: str, turn: dict[str, int], pictures: bool
 ) -> None:
+    fp8, adds = weights != "16 bit", weights.endswith("added")
     block = small_block(fp8=fp8, pictures=pictures)
+    for layer in block.modules():
+        if adds and isinstance(layer, QuantLinear):
+            layer.multiply_add = add_fp8
     hidden, text, times, rotary = inputs(pictures=pictures)
     attention = Attention(Launcher())
     kernels: Counter[tuple[str, str]] = Counter()
@@ -232,9 +244,10 @@ def test_the_fused_block_is_as_near_as_the_block(
     parts = 3 if turn else 1
     runs = parts + 1  # of tokens with one time
     assert {name: count for (_, name), count in kernels.items()} == {
-        "add_and_norm": 4 * runs,
+        # Where the products add themselves, nothing but what is normalised, and FP8 for three.
+        "add_and_norm": (3 if adds else 4) * runs,
         "norm_and_rotate": 3 * parts,
-        **({"quantize_rows": parts} if fp8 else {}),
+        **({"quantize_rows": (3 if adds else 1) * parts} if fp8 else {}),
     }
 
 

@@ -1,5 +1,6 @@
 """The self-test of the rows for quantised weights passes what is right and catches what is not."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,33 @@ def test_what_is_wrong_is_caught(function: Any, code: str, monkeypatch: pytest.M
     test = self_test(ROWS["emulated.fp8"], CPU, "float32")
     assert test.objection
     assert test.objection.code == code
+
+
+def added(x: Any, packed: Any, bias: Any, gate: Any) -> Any:
+    return gate * matmul.unpacked(x.data.float() * x.scale, packed, bias.float())
+
+
+def without_gate(x: Any, packed: Any, bias: Any, gate: Any) -> Any:
+    return added(x, packed, bias, torch.ones_like(gate))
+
+
+def bias_without_gate(x: Any, packed: Any, bias: Any, gate: Any) -> Any:
+    return added(x, packed, 0 * bias, gate) + bias
+
+
+@pytest.mark.parametrize(
+    ("product", "passes"), [(added, True), (without_gate, False), (bias_without_gate, False)]
+)
+def test_a_product_that_is_added_is_tested_too(
+    product: Any, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(x: Any, packed: Any, bias: Any, gate: Any, into: Any) -> None:
+        into.copy_(into.float() + product(x, packed, bias, gate))
+
+    monkeypatch.setattr(matmul, "add_fp8_rows", add)
+    row = replace(ROWS["emulated.fp8"], adds="sagewan.model.matmul:add_fp8_rows")
+    test = self_test(row, CPU, "bfloat16")
+    assert test.passed is passes, test
 
 
 def test_memory_that_ran_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

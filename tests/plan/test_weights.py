@@ -32,10 +32,11 @@ def planned(
 @pytest.mark.parametrize(
     ("card", "quantization", "main", "compute"),
     [
-        ("H100", "fp8_scaled", "torch.fp8_rows", "fp8 e4m3 × fp8 e4m3"),
+        ("H100", "fp8_scaled", "cublas.fp8_rows", "fp8 e4m3 × fp8 e4m3"),
         ("4090", "fp8_scaled", "torch.fp8_rows", "fp8 e4m3 × fp8 e4m3"),
         ("3080", "fp8_scaled", "torch.unpacked", "unpacked before the product"),
-        ("H100", "fp4_scaled", "torch.fp8_rows_of_nvfp4", "fp8 e4m3 × nvfp4 unpacked to fp8 e4m3"),
+        ("4090", "fp4_scaled", "torch.fp8_rows_of_nvfp4", "fp8 e4m3 × nvfp4 unpacked to fp8 e4m3"),
+        ("H100", "fp4_scaled", "cublas.fp8_rows_of_nvfp4", "fp8 e4m3 × nvfp4 unpacked to fp8 e4m3"),
         ("5090", "fp4_scaled", "comfy_kitchen.nvfp4", "nvfp4 × nvfp4"),
         ("3080", "fp4_scaled", "sagewan.nvfp4_unpacked", "unpacked before the product"),
     ],
@@ -69,18 +70,22 @@ def test_a_cpu_unpacks_and_emulates_where_it_is_asked_to() -> None:
     # The real one comes first.
     on_card = planned("H100", quantization="fp8_scaled", emulate=True)
     assert on_card.weights.main
-    assert on_card.weights.main.name == "torch.fp8_rows"
+    assert on_card.weights.main.name == "cublas.fp8_rows"
 
 
 def test_rows_wait_for_a_self_test_and_one_that_failed_is_left_out() -> None:
     plan = planned("H100", quantization="fp8_scaled")
-    assert [row.name for row in plan.weights.unproven] == ["torch.fp8_rows"]
-    passed = SelfTest(implementation="torch.fp8_rows", error=0.03, limit=0.05, milliseconds=None)
+    assert [row.name for row in plan.weights.unproven] == ["cublas.fp8_rows"]
+    passed = SelfTest(implementation="cublas.fp8_rows", error=0.03, limit=0.05, milliseconds=None)
     plan = planned("H100", quantization="fp8_scaled", evidence=Evidence().with_test(passed))
     assert not plan.weights.unproven
     objection = Objection("self-test-crashed", {"error": "RuntimeError: not built"})
     failed = replace(passed, error=None, objection=objection)
-    plan = planned("H100", quantization="fp8_scaled", evidence=Evidence().with_test(failed))
+    evidence = Evidence().with_test(failed)
+    plan = planned("H100", quantization="fp8_scaled", evidence=evidence)
+    assert [row.name for row in plan.weights.unproven] == ["torch.fp8_rows"]
+    evidence = evidence.with_test(replace(failed, implementation="torch.fp8_rows"))
+    plan = planned("H100", quantization="fp8_scaled", evidence=evidence)
     assert plan.weights.main
     assert plan.weights.main.name == "torch.unpacked"
     assert any("RuntimeError: not built" in note for note in plan.notes)
@@ -176,5 +181,5 @@ def test_the_shapes_are_those_of_the_models() -> None:
 def test_the_plan_tells_it_in_json() -> None:
     told = plan_to_json(planned("H100", quantization="fp8_scaled"))["weights"]
     assert told["format"] == "float8_e4m3fn"
-    assert told["multiply"]["feed-forward"]["implementation"] == "torch.fp8_rows"
+    assert told["multiply"]["feed-forward"]["implementation"] == "cublas.fp8_rows"
     assert plan_to_json(planned("H100", quantization="none"))["weights"]["multiply"] == {}

@@ -97,21 +97,35 @@ class FusedBlock:
         self, chunk: "_Chunk", attended: Tensor, known: list[tuple[Tensor, Tensor]]
     ) -> None:
         block, cross, ffn = self.block, self.block.attn2, self.block.ffn.net
-        y = block.attn1.to_out[0](attended.flatten(2).to(chunk.hidden.dtype))
-        x = self._normed(chunk, block.norm2, None, (cross.to_q,), (y, 2))
+        attended = attended.flatten(2).to(chunk.hidden.dtype)
+        y = self._added(chunk, block.attn1.to_out[0], attended, 2)
+        x = self._normed(chunk, block.norm2, None, (cross.to_q,), y)
         q = heads_of(_product(cross.to_q, x), cross)
         self._rotate(q, q, cross.norm_q, None)
-        y = attend_to(q, known)
-        x = self._normed(chunk, block.norm3, (3, 4), (ffn[0].proj,), (cross.to_out[0](y), None))
-        y = _product(ffn[0].proj, x)
+        y = self._added(chunk, cross.to_out[0], attend_to(q, known), None)
+        x = self._normed(chunk, block.norm3, (3, 4), (ffn[0].proj,), y)
+        inner = _product(ffn[0].proj, x)
         del x, q
         if _takes_fp8(ffn[2]):
-            y = ffn[2].of_fp8(self.passes.run(quantize_rows, y, gelu=True))
+            y = self._added(chunk, ffn[2], self.passes.run(quantize_rows, inner, gelu=True), 5)
         else:
-            y = ffn[2](gelu(y, approximate="tanh"))
-        for start, stop, vectors in chunk.runs:
-            here = Residual(y=y[:, start:stop], gate=vectors[:, 5])
+            y = ffn[2](gelu(inner, approximate="tanh")), 5
+        for start, stop, vectors in chunk.runs if y else ():
+            here = _residual(y, start, stop, vectors)
             self.passes.run(add_and_norm, chunk.hidden[:, start:stop], None, None, here)
+
+    def _added(
+        self, chunk: "_Chunk", layer: Any, x: Operand, gate: int | None
+    ) -> "_Waiting | None":
+        """What the layer makes of x, times a gate, added to the chunk by the product itself where
+        there is one that does; what the next pass is to add, where not."""
+        if not (isinstance(layer, QuantLinear) and layer.adds):
+            return _product(layer, x), gate
+        rows = x if isinstance(x, Fp8Rows) else self.passes.run(quantize_rows, x)
+        for start, stop, vectors in chunk.runs:
+            own = None if gate is None else vectors[:, gate]
+            layer.add_of_fp8(rows.tokens(start, stop), own, chunk.hidden[:, start:stop])
+        return None
 
     def _normed(
         self,
@@ -119,7 +133,7 @@ class FusedBlock:
         norm: Any,
         modulation: tuple[int, int] | None,
         takers: tuple[Any, ...],
-        residual: tuple[Tensor, int | None] | None = None,
+        residual: "_Waiting | None" = None,
     ) -> Operand:
         """The chunk, to which a residual is added first, normalised and modulated, as the takers
         take it; ``modulation`` and the residual's gate are places among the time's vectors."""
@@ -131,12 +145,7 @@ class FusedBlock:
             else torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         )
         for start, stop, vectors in chunk.runs:
-            added = None
-            if residual:
-                y, gate = residual
-                added = Residual(
-                    y=y[:, start:stop], gate=None if gate is None else vectors[:, gate]
-                )
+            added = _residual(residual, start, stop, vectors)
             shift, scale = (vectors[:, i] for i in modulation) if modulation else (None, None)
             self.passes.run(
                 add_and_norm,
@@ -179,6 +188,17 @@ class _Chunk:
 
     hidden: Tensor
     runs: list[tuple[int, int, Tensor]]
+
+
+# What is still to be added to a chunk, and its gate's place among the time's vectors.
+_Waiting = tuple[Tensor, int | None]
+
+
+def _residual(waiting: _Waiting | None, start: int, stop: int, vectors: Tensor) -> Residual | None:
+    if waiting is None:
+        return None
+    y, gate = waiting
+    return Residual(y=y[:, start:stop], gate=None if gate is None else vectors[:, gate])
 
 
 def _takes_fp8(layer: Any) -> bool:

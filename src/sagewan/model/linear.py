@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from sagewan.plan.weights import WeightsPlan
 
 _FIELDS = ("data", "scale", "tensor_scale", "pre_scale")
 Multiply = Callable[[Any, Packed, Tensor | None], Tensor]
+# x, weight, bias and gate, and what their product is added to.
+MultiplyAdd = Callable[[Fp8Rows, Packed, Tensor | None, Tensor | None, Tensor], None]
 
 
 class QuantLinear(nn.Linear):
@@ -51,11 +54,26 @@ class QuantLinear(nn.Linear):
         self.register_parameter("bias", own)
         self.multiply: Multiply = unpacked
         self.multiplies_fp8 = False
+        self.multiply_add: MultiplyAdd | None = None
 
     @property
     def takes_fp8(self) -> bool:
         """Whether :meth:`of_fp8` gives what the layer does: nothing else looks at its input."""
         return self.multiplies_fp8 and self.pre_scale is None and not self._forward_hooks
+
+    @property
+    def adds(self) -> bool:
+        """Whether there is :meth:`add_of_fp8`."""
+        return self.takes_fp8 and self.multiply_add is not None
+
+    def add_of_fp8(self, x: Fp8Rows, gate: Tensor | None, into: Tensor) -> None:
+        """into [B, n, N] += gate·(what the layer gives for x [B, n, K]), without a tensor between;
+        gate float32 [B or 1, N] or None for 1. Tokens may lie in a longer sequence."""
+        assert self.multiply_add is not None
+        for batch, here in enumerate(into):
+            rows = Fp8Rows(x.data[batch], x.scale[batch])
+            own = None if gate is None else gate[batch if gate.shape[0] > 1 else 0]
+            self.multiply_add(rows, self.packed, self.bias, own, here)
 
     def of_fp8(self, x: Fp8Rows) -> Tensor:
         """As the layer's forward pass, for an input [..., K] that is FP8 already."""
@@ -126,6 +144,11 @@ class Multiplier:
                     row = plan.precise(module.format)
                 module.multiply = self._counting(row, module.format)
                 module.multiplies_fp8 = row.takes_fp8
+                module.multiply_add = None
+                if row.adds:
+                    adding = replace(row, call=row.adds)
+                    added = f"{row.compute}, added to the residual"
+                    module.multiply_add = self._counting(adding, module.format, added)
 
     def ran(self) -> list[dict[str, object]]:
         """What multiplied and how often, for the report, the most frequent first."""
@@ -144,14 +167,16 @@ class Multiplier:
             self._calls = before
             raise
 
-    def _counting(self, row: LinearRow, format_: str) -> Multiply:
-        function = self._functions.get(row.name) or load(row)
-        self._functions[row.name] = function
-        key = name_of(function, row), format_, row.compute
+    def _counting(
+        self, row: LinearRow, format_: str, compute: str | None = None
+    ) -> Callable[..., Any]:
+        function = self._functions.get(row.call) or load(row)
+        self._functions[row.call] = function
+        key = name_of(function, row), format_, compute or row.compute
 
-        def multiply(x: Tensor | Fp8Rows, packed: Packed, bias: Tensor | None) -> Tensor:
+        def multiply(*arguments: Any) -> Any:
             try:
-                out: Tensor = function(x, packed, bias)
+                out = function(*arguments)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise

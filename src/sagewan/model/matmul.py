@@ -5,7 +5,7 @@ dtype. None looks at what it is given to choose another: that is the plan's work
 anything: memory that ran out is told.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,23 @@ def fp8_rows(x: Tensor | Fp8Rows, packed: Packed, bias: Tensor | None) -> Tensor
 
 def fp8_rows_of_nvfp4(x: Tensor | Fp8Rows, packed: Packed, bias: Tensor | None) -> Tensor:
     """As :func:`fp8_rows`, of an FP4 weight, which becomes e4m3 for the moment of the product."""
-    from sagewan.kernels.nvfp4_unpack import E4M3_STEPS, unpack_e4m3
+    return product_of_rows(_as_fp8(x), *_unpacked_e4m3(packed), bias)
 
-    weight = unpack_e4m3(packed.data, _scale(packed), packed.shape)
-    rows = (_tensor_scale(packed) * E4M3_STEPS).expand(packed.shape[0], 1).contiguous()
-    return product_of_rows(_as_fp8(x), weight, rows, bias)
+
+def add_fp8_rows(
+    x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Tensor | None, into: Tensor
+) -> None:
+    """into += gate·(what :func:`fp8_rows` gives), rounded once: gate float32 [N] or None for 1,
+    into bfloat16 [M, N]."""
+    _add(x, packed.data, _scale(packed), _Gated(bias, gate), into)
+
+
+def add_fp8_rows_of_nvfp4(
+    x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Tensor | None, into: Tensor
+) -> None:
+    """As :func:`add_fp8_rows`, of what :func:`fp8_rows_of_nvfp4` gives."""
+    weight, scale = _unpacked_e4m3(packed)
+    _add(x, weight, scale, _Gated(bias, gate), into)
 
 
 def nvfp4_unpacked(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -94,6 +106,37 @@ def product_of_rows(
         use_fast_accum=True,
     )
     return out
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """What a product's channels are given: a bias, and a gate that both are multiplied by."""
+
+    bias: Tensor | None
+    gate: Tensor | None
+
+    def scale(self, scale: Tensor) -> Tensor:
+        return scale if self.gate is None else scale * self.gate
+
+    @property
+    def added(self) -> Tensor | None:
+        if self.bias is None:
+            return None
+        return (self.bias if self.gate is None else self.bias * self.gate).to(torch.bfloat16)
+
+
+def _add(x: Fp8Rows, weight: Tensor, weight_scale: Tensor, by: _Gated, into: Tensor) -> None:
+    from sagewan.kernels.cublas_lt import add_product
+
+    add_product(x, weight, by.scale(weight_scale.flatten()), by.added, into)
+
+
+def _unpacked_e4m3(packed: Packed) -> tuple[Tensor, Tensor]:
+    """An FP4 weight as e4m3 [N, K], and its scales [N, 1]."""
+    from sagewan.kernels.nvfp4_unpack import E4M3_STEPS, unpack_e4m3
+
+    weight = unpack_e4m3(packed.data, _scale(packed), packed.shape)
+    return weight, (_tensor_scale(packed) * E4M3_STEPS).expand(packed.shape[0], 1).contiguous()
 
 
 def _as_fp8(x: Tensor | Fp8Rows) -> Fp8Rows:

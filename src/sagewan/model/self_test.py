@@ -1,18 +1,21 @@
 """A row of the linear table against float64, on the device it is to serve on."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from sagewan.attention.launch import is_out_of_memory
 from sagewan.attention.resolve import ImplementationError, load, one_line
-from sagewan.checkpoint.packed import unpack
+from sagewan.checkpoint.packed import Packed, unpack
 from sagewan.checkpoint.quantize import pack
+from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.plan.evidence import SelfTest
 from sagewan.plan.hardware import Device
 from sagewan.plan.linear import LinearRow
 from sagewan.plan.objection import Objection
+from sagewan.reference import formats
 
 # Rounding the input costs FP8 about .027 of the result and FP4 .09, on these inputs; a scale that
 # is left out or misplaced costs all of it. What rounds no input has only 16-bit sums to lose by.
@@ -21,7 +24,8 @@ _ROWS, _OUTPUTS, _INPUTS = 300, 272, 528
 
 
 def self_test(row: LinearRow, device: Device, dtype: str) -> SelfTest:
-    """‖y − x·Wᵀ − bias‖ / ‖x·Wᵀ + bias‖ with W as it is stored; the worst of the row's formats."""
+    """‖y − x·Wᵀ − bias‖ / ‖x·Wᵀ + bias‖ with W as it is stored; the worst of the row's formats, and
+    of its product and the one that is added."""
     limit = _LIMITS["fp4" if "nvfp4 ×" in row.compute else "fp8" if row.low else "16 bit"]
     try:
         error = max(_error(row, device, dtype, format_) for format_ in row.formats)
@@ -71,6 +75,25 @@ def _error(row: LinearRow, device: Device, dtype: str, format_: str) -> float:
     packed = pack(weight, format_)
     exact = F.linear(x.double(), unpack(packed, torch.float64), bias.double())
     found = load(row)(x, packed, bias).double()
-    # Each row by itself: small ones count as much as large ones.
+    return max(_of_rows(found, exact), _error_added(row, x, packed, bias, exact))
+
+
+def _error_added(
+    row: LinearRow, x: torch.Tensor, packed: Packed, bias: torch.Tensor, exact: torch.Tensor
+) -> float:
+    """Of the product that is added, with a gate of both signs; 0 for a row without one."""
+    if row.adds is None:
+        return 0.0
+    rounded = formats.e4m3_per_row(x)
+    rows = Fp8Rows(rounded.data.to(torch.float8_e4m3fn), rounded.scale)
+    gate = torch.linspace(-2, 2, len(bias), device=x.device)
+    before = torch.ones_like(exact) * exact.norm(dim=1, keepdim=True) / exact.shape[1] ** 0.5
+    into = before.to(x.dtype)
+    load(replace(row, call=row.adds))(rows, packed, bias, gate, into)
+    return _of_rows(into.double(), before.to(x.dtype).double() + gate.double() * exact)
+
+
+def _of_rows(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Each row by itself: small ones count as much as large ones."""
     errors = (found - exact).norm(dim=1) / exact.norm(dim=1)
     return float(errors.square().mean().sqrt())

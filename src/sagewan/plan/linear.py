@@ -6,7 +6,7 @@ None, and gives [M, N] in x's dtype.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.objection import Objection
@@ -43,12 +43,14 @@ class LinearRow(Row):
     """One way to multiply. ``compute`` is what multiplies what; ``low`` whether the activations
     are rounded to a low precision too. ``rows`` is the range of rows it is meant for: outside, a
     later row of the table is faster. ``takes_fp8``: its input may come as FP8 with a scale a row
-    (:class:`sagewan.kernels.fp8_rows.Fp8Rows`), from whatever computed it."""
+    (:class:`sagewan.kernels.fp8_rows.Fp8Rows`), from whatever computed it. ``adds`` is the
+    ``"module:function"`` that adds the product of such an input, times a gate, to what is there."""
 
     formats: tuple[str, ...]
     compute: str
     low: bool = False
     takes_fp8: bool = False
+    adds: str | None = None
     rows: tuple[int, int | None] = (1, None)
     side: int = 1
 
@@ -79,6 +81,34 @@ class LinearRow(Row):
 _TRITON = ("3.6", "4")
 _INSTALL_TRITON = "pip install triton, on Windows triton-windows"
 
+_FP8 = LinearRow(
+    name="torch.fp8_rows",
+    call="sagewan.model.matmul:fp8_rows",
+    formats=(E4M3,),
+    compute="fp8 e4m3 × fp8 e4m3",
+    low=True,
+    takes_fp8=True,
+    sms=ADA_UP,
+    dtypes=("bfloat16",),  # the one output of torch's product with a scale per row
+    side=_SIDE,
+    package="triton",
+    versions=_TRITON,
+    install=_INSTALL_TRITON,
+    systems=("Linux", "Windows"),
+)
+_FP8_OF_NVFP4 = replace(
+    _FP8,
+    name="torch.fp8_rows_of_nvfp4",
+    call="sagewan.model.matmul:fp8_rows_of_nvfp4",
+    formats=(NVFP4,),
+    compute="fp8 e4m3 × nvfp4 unpacked to fp8 e4m3",
+    # Unpacking the weight costs the same for any number of tokens; the faster product has paid
+    # for it, and for rounding the activations, from about here.
+    rows=(256, None),
+)
+# cuBLASLt multiplies FP8 with a scale a row on this one.
+_HOPPER = (90,)
+
 LINEAR_ROWS: tuple[LinearRow, ...] = (
     LinearRow(
         name="sagewan.thin",
@@ -106,39 +136,15 @@ LINEAR_ROWS: tuple[LinearRow, ...] = (
         install='pip install "comfy-kitchen>=0.2.40,<0.3"',
         systems=("Linux", "Windows"),
     ),
-    LinearRow(
-        name="torch.fp8_rows",
-        call="sagewan.model.matmul:fp8_rows",
-        formats=(E4M3,),
-        compute="fp8 e4m3 × fp8 e4m3",
-        low=True,
-        takes_fp8=True,
-        sms=ADA_UP,
-        dtypes=("bfloat16",),  # the one output of torch's product with a scale per row
-        side=_SIDE,
-        package="triton",
-        versions=_TRITON,
-        install=_INSTALL_TRITON,
-        systems=("Linux", "Windows"),
+    replace(_FP8, name="cublas.fp8_rows", adds="sagewan.model.matmul:add_fp8_rows", sms=_HOPPER),
+    _FP8,
+    replace(
+        _FP8_OF_NVFP4,
+        name="cublas.fp8_rows_of_nvfp4",
+        adds="sagewan.model.matmul:add_fp8_rows_of_nvfp4",
+        sms=_HOPPER,
     ),
-    LinearRow(
-        name="torch.fp8_rows_of_nvfp4",
-        call="sagewan.model.matmul:fp8_rows_of_nvfp4",
-        formats=(NVFP4,),
-        compute="fp8 e4m3 × nvfp4 unpacked to fp8 e4m3",
-        low=True,
-        takes_fp8=True,
-        # Unpacking the weight costs the same for any number of tokens; the faster product has paid
-        # for it, and for rounding the activations, from about here.
-        rows=(256, None),
-        sms=ADA_UP,
-        dtypes=("bfloat16",),
-        side=_SIDE,
-        package="triton",
-        versions=_TRITON,
-        install=_INSTALL_TRITON,
-        systems=("Linux", "Windows"),
-    ),
+    _FP8_OF_NVFP4,
     LinearRow(
         name="emulated.fp8",
         call="sagewan.model.matmul:emulated_fp8",

@@ -251,10 +251,11 @@ def test_the_fused_block_is_as_near_as_the_block(
     }
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["16 bit", "fp8"])
 def test_only_the_attention_it_is_prepared_for_gets_q_and_k_prepared(
-    monkeypatch: pytest.MonkeyPatch,
+    fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = small_block(fp8=False)
+    block = small_block(fp8=fp8)
     hidden, text, times, rotary = inputs(pictures=False)
     attention, kernels = Attention(Launcher()), Counter[tuple[str, str]]()
     forward = HopperBlock(block, attention, 0, Passes(BLOCK_ROWS[0], "hopper", kernels))
@@ -267,9 +268,19 @@ def test_only_the_attention_it_is_prepared_for_gets_q_and_k_prepared(
             token_rows.norm_and_rotate(x, out, place.weight, place.eps, table)
         return [x.transpose(1, 2) for x in (*made, v)]
 
-    def attend_prepared(self: Attention, prepared: Any, out: Tensor, layer: int) -> Tensor:
-        return out.copy_(F.scaled_dot_product_attention(*prepared))
+    written: list[torch.dtype] = []
 
+    def output_scale(prepared: Any) -> Tensor:
+        return prepared[2].float().abs().amax((1, 2, 3)) / 448
+
+    def attend_prepared(self: Attention, prepared: Any, out: Tensor, layer: int) -> Tensor:
+        written.append(out.dtype)
+        attended = F.scaled_dot_product_attention(*prepared)
+        if out.dtype == torch.float8_e4m3fn:
+            attended = attended.float() / output_scale(prepared)[:, None, None, None]
+        return out.copy_(attended)
+
+    monkeypatch.setattr(fused, "output_scale", output_scale)
     monkeypatch.setattr(fused, "prepare_projections", prepare_projections)
     monkeypatch.setattr(Attention, "attend_prepared", attend_prepared)
     with torch.inference_mode(), attention.during(Turn(PLAN, 1, lambda: None)):
@@ -279,10 +290,11 @@ def test_only_the_attention_it_is_prepared_for_gets_q_and_k_prepared(
             choice = Choice("", row_named(implementation))
             monkeypatch.setattr(Attention, "choice", lambda *_, choice=choice: choice)
             found = forward(hidden.clone(), text, times, rotary)
-            assert near(found - hidden, expected - hidden, 5e-3)
+            assert near(found - hidden, expected - hidden, 0.08 if fp8 else 5e-3)
             prepared = implementation != "torch.sdpa"
             assert kernels["hopper", "prepare_projections"] == prepared
             assert kernels["hopper", "norm_and_rotate"] == (1 if prepared else 3)
+        assert written == [torch.float8_e4m3fn if fp8 else torch.float16]
         # Heads in groups are prepared by the group: this is for all of them.
         kernels.clear()
         attention.turn.heads = 2

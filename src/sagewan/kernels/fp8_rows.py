@@ -22,6 +22,14 @@ class Fp8Rows:
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
         return cls(data, torch.empty(*shape[:-1], 1, dtype=torch.float32, device=device))
 
+    @classmethod
+    def within(cls, x: Tensor, scale: Tensor) -> "Fp8Rows":
+        """Rows of the shape of x [B, N, K], 16 bit without gaps, in its memory, which nothing else
+        needs any more; scale [B] float32 is all rows'."""
+        batch, tokens, _ = x.shape
+        data = x.view(torch.float8_e4m3fn).flatten()[: x.numel()].view(x.shape)
+        return cls(data, scale.view(batch, 1, 1).expand(batch, tokens, 1).contiguous())
+
     def tokens(self, start: int, stop: int) -> "Fp8Rows":
         """Of rows [B, N, K], the tokens from start to stop: a view."""
         return Fp8Rows(self.data[:, start:stop], self.scale[:, start:stop])

@@ -66,8 +66,9 @@ struct Arguments {
     const float *v_scale;  // [B·Hk, CHANNELS], FP8 only
     const int *blocks;     // the blocks of keys to visit for each block of queries, or null
     const int *block_counts, *block_tails;  // how many they are, and whether the partial one is too
-    void *out;             // [B, H, count, size], 16 bit
+    void *out;             // [B, H, count, size], 16 bit, or e4m3 times out_scale
     float *lse;            // [B·H, count] or null
+    const float *out_scale;  // [B], of an output in e4m3, whose channels are contiguous; or null
     i64 o_b, o_h, o_n, o_d;
     int heads, shared, count, count_padded, keys, keys_padded, size, out_is_half;
     int block_b, block_h;  // between the lists of batches and of heads
@@ -583,6 +584,8 @@ __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Ar
         int n = first + row_in_block + row * 8;
         if (n >= a.count) continue;
         float scale = total > 0.0f ? 1.0f / total : 0.0f;
+        bool narrow = FP8 && a.out_scale;
+        if (narrow) scale /= a.out_scale[head / a.heads];
         i64 base = i64(head / a.heads) * a.o_b + i64(head % a.heads) * a.o_h + i64(n) * a.o_n;
         unsigned short *out = static_cast<unsigned short *>(a.out) + base;
         const float *of_channel = FP8 ? a.v_scale + key_head * CHANNELS : nullptr;
@@ -596,6 +599,13 @@ __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Ar
                 y *= of_channel[channel + 1];
             }
             u32 packed;
+            if (narrow) {
+                unsigned short both;
+                asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(both) : "f"(x), "f"(y));
+                char *place = static_cast<char *>(a.out) + base + channel;
+                *reinterpret_cast<unsigned short *>(place) = both;
+                continue;
+            }
             if (a.out_is_half) {
                 asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x), "f"(y));
             } else {

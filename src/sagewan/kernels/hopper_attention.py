@@ -251,6 +251,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("q_scale", "q_dots", "k_scale", "k_bias", "v_scale")),
         *((name, _P) for name in ("blocks", "block_counts", "block_tails", "out", "lse")),
+        ("out_scale", _P),
         *((f"o_{axis}", _L) for axis in "bhnd"),
         *((name, _I) for name in ("heads", "shared", "count", "count_padded", "keys")),
         *((name, _I) for name in ("keys_padded", "size", "out_is_half")),
@@ -270,13 +271,14 @@ def attend(
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The second half of the three modes; arguments as
-    :func:`sagewan.kernels.int8_attention.attend`'s."""
+    :func:`sagewan.kernels.int8_attention.attend`'s. Of ``sageattn_3_fp8`` out may be float8_e4m3fn,
+    channels contiguous: the result divided by :func:`output_scale`."""
     q, k = prepared.q, prepared.k
     columns = prepared.v if isinstance(prepared.v, Columns) else None
     v = columns.data if columns else prepared.v
     out, lse = outputs(prepared, out, return_lse=return_lse)
     batch, heads, count, size = out.shape
-    visits = lists(prepared, block_mask)
+    visits, out_scale = lists(prepared, block_mask), _scale_of(out, prepared)
     arguments = _Arguments(
         q_scale=_pointer(q.scale),
         q_dots=_pointer(q.dots),
@@ -288,6 +290,7 @@ def attend(
         block_tails=_pointer(visits["block_tails"]),
         out=_pointer(out),
         lse=_pointer(lse),
+        out_scale=_pointer(out_scale),
         **{f"o_{axis}": stride for axis, stride in zip("bhnd", out.stride(), strict=True)},
         heads=heads,
         shared=heads // k.data.shape[1],
@@ -313,6 +316,21 @@ def attend(
     with torch.cuda.device(out.device):
         kernel.launch((-(-count // _ROWS), batch * heads), _THREADS, maps, arguments)
     return out if lse is None else (out, lse)
+
+
+def output_scale(prepared: Prepared[Rows, Columns]) -> Tensor:
+    """[B] float32: what an output in e4m3 is to be multiplied by. A row of the output is a mean of
+    V's rows, and so no larger than V's largest values, which the formats of V's channels tell; that
+    e4m3 has the same precision over fifteen powers of two makes the bound do for every row."""
+    return prepared.v.scale.amax((1, 2))
+
+
+def _scale_of(out: Tensor, prepared: Prepared[Rows, Any]) -> Tensor | None:
+    if out.dtype != torch.float8_e4m3fn:
+        return None
+    if not isinstance(prepared.v, Columns) or out.stride(3) != 1:
+        raise ShapeError("an output in FP8 is sageattn_3_fp8's, with contiguous channels")
+    return output_scale(prepared)
 
 
 _sageattn = operator("sageattn_hopper", prepare_sageattn, attend)

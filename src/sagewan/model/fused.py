@@ -16,6 +16,7 @@ from torch.nn.functional import gelu
 
 from sagewan.kernels.fp8_linear import quantize_rows
 from sagewan.kernels.fp8_rows import Fp8Rows
+from sagewan.kernels.hopper_attention import output_scale
 from sagewan.kernels.hopper_prepare import Position, prepare_projections
 from sagewan.kernels.token_rows import Norm, Residual, add_and_norm, norm_and_rotate
 from sagewan.model.attention import Attention
@@ -54,11 +55,12 @@ class FusedBlock:
         known = self.attention.keys_of_text(self.layer, lambda: text_keys(cross, text))
         for start, stop in chunks(hidden.shape[1], self.attention.turn.chunk):
             chunk = _Chunk(hidden[:, start:stop], own.runs(start, stop))
-            self._after_attention(chunk, attended[:, start:stop], known)
+            self._after_attention(chunk, _tokens(attended, start, stop), known)
         return hidden
 
-    def _attended(self, hidden: Tensor, times: Modulation, rotary: Rotary) -> Tensor:
-        """Self-attention of the normalised hidden state, before its last product: [B, N, H, D]."""
+    def _attended(self, hidden: Tensor, times: Modulation, rotary: Rotary) -> Operand:
+        """Self-attention of the normalised hidden state, before its last product: [B, N, H, D], or
+        [B, N, W] where it is FP8."""
         block, attn = self.block, self.block.attn1
         cos, sin = rotary
         found: list[Tensor] = []
@@ -82,9 +84,9 @@ class FusedBlock:
             here_v.copy_(v)
         return attend_in_groups(self.attention, self.layer, *found)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
-        """What the products of all tokens give, each [B, N, H, D] → their attention, the same; q
-        and k are overwritten."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Operand:
+        """What the products of all tokens give, each [B, N, H, D] → their attention, as
+        :meth:`_attended` gives it; q and k are overwritten."""
         attn = self.block.attn1
         self._rotate(q, q, attn.norm_q, rotary)
         self._rotate(k, k, attn.norm_k, rotary)
@@ -94,10 +96,11 @@ class FusedBlock:
         self.passes.run(norm_and_rotate, x, out, norm.weight, norm.eps, rotary)
 
     def _after_attention(
-        self, chunk: "_Chunk", attended: Tensor, known: list[tuple[Tensor, Tensor]]
+        self, chunk: "_Chunk", attended: Operand, known: list[tuple[Tensor, Tensor]]
     ) -> None:
         block, cross, ffn = self.block, self.block.attn2, self.block.ffn.net
-        attended = attended.flatten(2).to(chunk.hidden.dtype)
+        if isinstance(attended, Tensor):
+            attended = attended.flatten(2).to(chunk.hidden.dtype)
         y = self._added(chunk, block.attn1.to_out[0], attended, 2)
         x = self._normed(chunk, block.norm2, None, (cross.to_q,), y)
         q = heads_of(_product(cross.to_q, x), cross)
@@ -165,9 +168,10 @@ class FusedBlock:
 
 class HopperBlock(FusedBlock):
     """The block whose Q and K become the attention kernel's 8-bit form in one pass, where that
-    kernel is the one that attends, to all heads at once."""
+    kernel is the one that attends, to all heads at once; its output is FP8 where the product that
+    takes it would make it so."""
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Operand:
         choice, attn = self.attention.choice(self.layer), self.block.attn1
         if choice.row.name != self.passes.row.prepares or self.attention.turn.heads is not None:
             return super()._attend(q, k, v, rotary)
@@ -177,9 +181,13 @@ class HopperBlock(FusedBlock):
         )
         prepared = self.passes.run(prepare_projections, q, k, v, for_q, for_k)
         # Nothing reads what the product gave any more.
-        return self.attention.attend_prepared(prepared, q.transpose(1, 2), self.layer).transpose(
-            1, 2
-        )
+        if not _takes_fp8(attn.to_out[0]):
+            self.attention.attend_prepared(prepared, q.transpose(1, 2), self.layer)
+            return q
+        rows = Fp8Rows.within(q.flatten(2), output_scale(prepared))
+        out = heads_of(rows.data, attn).transpose(1, 2)
+        self.attention.attend_prepared(prepared, out, self.layer)
+        return rows
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from sagewan.model.times import Modulation
 from sagewan.plan.attention import AttentionPlan, Choice
 from sagewan.plan.blocks import BLOCK_ROWS
 from sagewan.plan.catalogue import Problem, row_named
-from sagewan.plan.linear import LINEAR_ROWS
 
 HEADS, HEAD_DIM, FFN, TEXT = 40, 128, 13824, 512
 WIDTH = HEADS * HEAD_DIM
@@ -42,7 +41,7 @@ FLOPS = {
     "attention": lambda n: 4 * n * n * WIDTH,
 }
 # The most that each way's change of the hidden state may differ from float32's.
-LIMITS = {"bf16": 0.02, "fp8": 0.08}
+LIMITS = {"bf16": 0.02, "fp8": 0.08, "fp8 added": 0.08}
 _ATTENTION = ("attention", "flash", "fmha", "sdpa", "cudnn_generated", "softmax")
 _PRODUCT = ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk", "dot_kernel")
 
@@ -50,7 +49,8 @@ _PRODUCT = ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk", "dot_kernel"
 @dataclass(frozen=True, kw_only=True)
 class Way:
     """How the block runs. ``mode`` is a row of attention's; None is diffusers' own forward.
-    ``apart``: Q and K are normalised and turned before they are prepared."""
+    ``apart``: Q and K are normalised and turned before they are prepared. ``weights`` "fp8 added":
+    products add themselves to the residual."""
 
     name: str
     weights: str
@@ -72,7 +72,8 @@ WAYS = (
     Way(name="fused fp8 4096x8", weights="fp8", mode=FP8, fused=True, chunk=4096, heads=8),
     Way(name="fused fp8 8192", weights="fp8", mode=FP8, fused=True, chunk=8192),
     Way(name="fused fp8, Q, K apart", weights="fp8", mode=FP8, fused=True, chunk=16384, apart=True),
-    Way(name="fused fp8 16384", weights="fp8", mode=FP8, fused=True, chunk=16384),
+    Way(name="fused fp8, sums apart", weights="fp8", mode=FP8, fused=True, chunk=16384),
+    Way(name="fused fp8 16384", weights="fp8 added", mode=FP8, fused=True, chunk=16384),
     Way(name="fused fp8", weights="fp8", mode=FP8, fused=True),
 )
 
@@ -96,16 +97,16 @@ def make_block() -> Any:
     return block.eval().requires_grad_(False)
 
 
-def quantised(block: Any) -> Any:
+def quantised(block: Any, *, adds: bool) -> Any:
     import copy
 
     other = copy.deepcopy(block)
-    row = next(row for row in LINEAR_ROWS if row.name == "torch.fp8_rows")
     for name, module in list(other.named_modules()):
         if isinstance(module, nn.Linear):
             layer = QuantLinear(pack(module.weight, "float8_e4m3fn"), module.bias, torch.bfloat16)
             if name not in ("attn2.to_k", "attn2.to_v"):
-                layer.multiply, layer.multiplies_fp8 = matmul.fp8_rows, row.takes_fp8
+                layer.multiply, layer.multiplies_fp8 = matmul.fp8_rows, True
+                layer.multiply_add = matmul.add_fp8_rows if adds else None
             other.set_submodule(name, layer)
     return other
 
@@ -260,7 +261,12 @@ def main() -> None:
     plain = make_block()
     import copy
 
-    blocks = {"bf16": plain, "fp8": quantised(plain), "float32": copy.deepcopy(plain).float()}
+    blocks = {
+        "bf16": plain,
+        "fp8": quantised(plain, adds=False),
+        "fp8 added": quantised(plain, adds=True),
+        "float32": copy.deepcopy(plain).float(),
+    }
     print(torch.cuda.get_device_name(), torch.__version__, time.strftime("%Y-%m-%d"))
     ways = [w for w in WAYS if not arguments.ways or any(x in w.name for x in arguments.ways)]
     rows = []

@@ -26,7 +26,9 @@ from sagewan.kernels.prepare import SAMPLED_FROM, Recipe, e4m3_columns
 from sagewan.kernels.prepared import PADDING, Columns, Prepared, Rows
 
 SOURCE = "hopper_prepare.cu"
-_THREADS = 256
+_THREADS = 128
+# Of threads, to a multiprocessor: 168 registers for each.
+_BLOCKS = 3
 # Heads of a block of threads, which share the positions' table and the norm's factors.
 _GROUP = 10
 # Any vector may be taken off, and a thousand tokens from all over a video give their mean nearly.
@@ -57,13 +59,23 @@ class _Arguments(ctypes.Structure):
         *((name, _L) for name in ("x_b", "x_n", "x_h")),
         ("factor", _F),
         ("dot_factor", _F),
-        *((name, _I) for name in ("heads", "group", "groups", "count", "padded", "smooth_dots")),
+        *((name, _I) for name in ("heads", "group", "groups", "count", "padded")),
     )
 
 
 def defines(dtype: torch.dtype) -> dict[str, int]:
     """What the kernel's source is compiled with."""
-    return {"HALF": int(dtype == torch.float16), "NORM": 1}
+    return {"HALF": int(dtype == torch.float16), "BLOCKS": _BLOCKS}
+
+
+@cache
+def _signs(device: torch.device) -> Tensor:
+    """[128] float32: what the rotation multiplies each channel by first, as in
+    :mod:`sagewan.kernels.prepare`."""
+    bits = torch.arange(CHANNELS)
+    pairs = bits & bits >> 1
+    odd = (pairs ^ pairs >> 2 ^ pairs >> 4) & 1
+    return (1.0 - 2.0 * odd).to(device)
 
 
 @cache
@@ -163,7 +175,7 @@ def int8_rows(
     lowest: Tensor | None = None,
 ) -> Rows:
     """As :func:`sagewan.kernels.prepare.int8_rows` of the rows that x [B, N, H, D] becomes, in the
-    recipe's factors: rotated, 64 rows to a scale."""
+    recipe's factors: rotated, 64 rows to a scale, dots of the smoothed rows."""
     batch, tokens, heads, size = x.shape
     _check(x)
     if not (position.cos.is_contiguous() and position.sin.is_contiguous()):
@@ -177,7 +189,8 @@ def int8_rows(
         rows_per_scale=ROWS_PER_SCALE,
     )
     groups = triton.cdiv(heads, _GROUP)
-    weight = position.weight.float()
+    weight, signs = position.weight.float(), _signs(x.device)
+    minus, other = minus * signs, None if other is None else other * signs
 
     def pointer(value: Tensor | None) -> int:
         return 0 if value is None else int(value.data_ptr())
@@ -204,7 +217,6 @@ def int8_rows(
         groups=groups,
         count=tokens,
         padded=padded,
-        smooth_dots=int(recipe.smoothed),
     )
     with torch.cuda.device(x.device):
         kernel = _kernel(x.device.index, x.dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 _HOLE = "{}"
 # Raised to who calls a function with wrong tensors, or at rows that are then refused by a sentence
 # of their own: no visitor reads these.
-_NOT_SHOWN = {"ShapeError", "ImplementationError", "CudaError"}
+_NOT_SHOWN = {"ShapeError", "ImplementationError", "CudaError", "CublasError"}
 _ERROR = re.compile(r"[A-Z]\w*Error|Cancelled")
 # What sentences are called that are kept for later.
 _KEPT = {"note", "notes", "wrong", "refusal"}

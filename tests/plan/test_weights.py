@@ -58,6 +58,18 @@ def test_what_multiplies_on_which_card(
     assert bool(unpacks) is (card == "3080")
 
 
+@pytest.mark.parametrize(
+    ("cuda", "main"),
+    [("12.6", "torch.fp8_rows"), ("12.9", "cublas.fp8_rows"), ("any", "cublas.fp8_rows")],
+)
+def test_cublas_adds_products_since_cuda_12_9(cuda: str, main: str) -> None:
+    hardware = replace(machine("H100", **PACKAGES), torch_cuda=cuda)
+    request = Request(prompt="a cat", quantization="fp8_scaled")
+    plan = make_plan(request, WAN_14B, hardware, Evidence())
+    assert plan.weights.main
+    assert plan.weights.main.name == main
+
+
 def test_a_cpu_unpacks_and_emulates_where_it_is_asked_to() -> None:
     plan = planned(model=DEMO, quantization="fp8_scaled")
     assert plan.weights.main

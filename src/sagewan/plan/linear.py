@@ -8,6 +8,8 @@ None, and gives [M, N] in x's dtype.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from packaging.version import Version
+
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.objection import Objection
 from sagewan.plan.row import ADA_UP, AMPERE_UP, ANY_FLOAT, BLACKWELL, Row
@@ -42,7 +44,8 @@ class LinearProblem:
 class LinearRow(Row):
     """One way to multiply. ``compute`` is what multiplies what; ``low`` whether the activations
     are rounded to a low precision too. ``rows`` is the range of rows it is meant for: outside, a
-    later row of the table is faster. ``takes_fp8``: its input may come as FP8 with a scale a row
+    later row of the table is faster; ``cuda`` the oldest that torch may be built for.
+    ``takes_fp8``: its input may come as FP8 with a scale a row
     (:class:`sagewan.kernels.fp8_rows.Fp8Rows`), from whatever computed it. ``adds`` is the
     ``"module:function"`` that adds the product of such an input, times a gate, to what is there."""
 
@@ -53,6 +56,7 @@ class LinearRow(Row):
     adds: str | None = None
     rows: tuple[int, int | None] = (1, None)
     side: int = 1
+    cuda: str | None = None
 
     def objections(
         self, problem: LinearProblem, device: Device, hardware: Hardware
@@ -63,6 +67,11 @@ class LinearRow(Row):
                 "format", {"needed": " or ".join(self.formats), "found": problem.format}
             )
         yield from self.needs(problem.dtype, device, hardware)
+        found = hardware.torch_cuda or "none"
+        if self.cuda and found[0].isdigit() and Version(found) < Version(self.cuda):
+            needed = f"{self.cuda} or newer"
+            values = {"package": "torch's CUDA", "needed": needed, "found": found}
+            yield Objection("package-version", values)
         if self.low and not problem.low:
             yield Objection("policy-16-bit")
         least, most = self.rows
@@ -106,8 +115,8 @@ _FP8_OF_NVFP4 = replace(
     # for it, and for rounding the activations, from about here.
     rows=(256, None),
 )
-# cuBLASLt multiplies FP8 with a scale a row on this one.
-_HOPPER = (90,)
+# Where cuBLASLt multiplies FP8 with a scale a row, and since when.
+_HOPPER, _CUDA = (90,), "12.9"
 
 LINEAR_ROWS: tuple[LinearRow, ...] = (
     LinearRow(
@@ -136,13 +145,20 @@ LINEAR_ROWS: tuple[LinearRow, ...] = (
         install='pip install "comfy-kitchen>=0.2.40,<0.3"',
         systems=("Linux", "Windows"),
     ),
-    replace(_FP8, name="cublas.fp8_rows", adds="sagewan.model.matmul:add_fp8_rows", sms=_HOPPER),
+    replace(
+        _FP8,
+        name="cublas.fp8_rows",
+        adds="sagewan.model.matmul:add_fp8_rows",
+        sms=_HOPPER,
+        cuda=_CUDA,
+    ),
     _FP8,
     replace(
         _FP8_OF_NVFP4,
         name="cublas.fp8_rows_of_nvfp4",
         adds="sagewan.model.matmul:add_fp8_rows_of_nvfp4",
         sms=_HOPPER,
+        cuda=_CUDA,
     ),
     _FP8_OF_NVFP4,
     LinearRow(

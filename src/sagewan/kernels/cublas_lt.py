@@ -6,6 +6,7 @@ need its version 12.9 or newer, and this architecture.
 """
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _A_SCALE_MODE, _B_SCALE_MODE = 31, 32
 _TRANSPOSED, _WITH_BIAS, _SCALE_OF_ROW = 1, 4, 3
 _FLOAT, _BFLOAT16, _E4M3, _IN_FLOAT = 0, 14, 28, 68
 _WORKSPACE_BYTES = 1
+# Which is taken to be 256 if nothing is said.
+_ALIGNMENTS = (5, 6, 7, 8)
 _MOST_WORKSPACE = 32 * 2**20
 _OUT_OF_MEMORY = 3
 # Sides of matrices whose rows the copy engine can read.
@@ -49,12 +52,13 @@ class _Found(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Shape:
-    """[M, K] by [N, K], added to [M, N]."""
+    """[M, K] by [N, K], added to [M, N]; all matrices begin at multiples of ``alignment``."""
 
     m: int
     n: int
     k: int
     bias: bool
+    alignment: int
 
 
 def add_product(
@@ -71,8 +75,9 @@ def add_product(
     scales = x.scale.flatten()
     # A run of tokens may begin anywhere.
     scales = scales if scales.data_ptr() % 16 == 0 else scales.clone()
+    alignment = math.gcd(256, *(t.data_ptr() for t in tensors))
     with torch.cuda.device(into.device):
-        product = _product(into.device.index, _Shape(m, n, k, bias is not None))
+        product = _product(into.device.index, _Shape(m, n, k, bias is not None, alignment))
         pointers = {_A_SCALE: weight_scale.contiguous(), _B_SCALE: scales}
         product.run(weight, x.data, into, pointers if bias is None else {**pointers, _BIAS: bias})
 
@@ -98,7 +103,7 @@ class _Product:
         self._weight = self._layout(_E4M3, shape.k, shape.n)
         self._x = self._layout(_E4M3, shape.k, shape.m)
         self._into = self._layout(_BFLOAT16, shape.n, shape.m)
-        self._found = self._chosen()
+        self._found = self._chosen(shape.alignment)
 
     def run(self, weight: Tensor, x: Tensor, into: Tensor, pointers: dict[int, Tensor]) -> None:
         for attribute, tensor in pointers.items():
@@ -117,13 +122,15 @@ class _Product:
             ctypes.c_size_t(size), ctypes.c_void_p(stream),
         )  # fmt: skip
 
-    def _chosen(self) -> _Found:
+    def _chosen(self, alignment: int) -> _Found:
         preference = self._made("MatmulPreference")
-        most = ctypes.c_size_t(_MOST_WORKSPACE)
-        self._call(
-            "MatmulPreferenceSetAttribute", preference, ctypes.c_int(_WORKSPACE_BYTES),
-            ctypes.byref(most), ctypes.c_size_t(ctypes.sizeof(most)),
-        )  # fmt: skip
+        wanted: list[tuple[int, Any]] = [(_WORKSPACE_BYTES, ctypes.c_size_t(_MOST_WORKSPACE))]
+        wanted += [(attribute, ctypes.c_uint32(alignment)) for attribute in _ALIGNMENTS]
+        for attribute, value in wanted:
+            self._call(
+                "MatmulPreferenceSetAttribute", preference, ctypes.c_int(attribute),
+                ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)),
+            )  # fmt: skip
         found, count = _Found(), ctypes.c_int()
         self._call(
             "MatmulAlgoGetHeuristic", self._handle, self._what,

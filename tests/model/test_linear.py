@@ -10,6 +10,7 @@ from torch import nn
 from sagewan.checkpoint.lora import LoraLayer
 from sagewan.checkpoint.packed import Packed, unpack
 from sagewan.checkpoint.quantize import pack, relative_error
+from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.model import matmul
 from sagewan.model.linear import Multiplier, QuantLinear, matrices
 from sagewan.model.lora import Adapters
@@ -52,6 +53,30 @@ def test_it_is_the_product_with_what_is_stored(format_: str, dtype: torch.dtype)
     assert (out.float() - expected).norm() / expected.norm() < (
         1e-5 if dtype == torch.float32 else 1e-2
     )
+
+
+@pytest.mark.parametrize(("shared", "whole"), [(True, True), (True, False), (False, True)])
+def test_what_is_added_to_a_batch_is_added_at_once_where_it_can_be(
+    shared: bool, whole: bool
+) -> None:
+    quantised, stored = layer("float8_e4m3fn")
+    calls = []
+
+    def add(x: Fp8Rows, packed: Packed, bias: Any, gate: Any, into: torch.Tensor) -> None:
+        calls.append(into.shape)
+        into += gate * F.linear(x.data.float() * x.scale, unpack(packed, torch.float32), bias)
+
+    quantised.multiply_add = add
+    data = random(2, 5, 80, seed=2).to(torch.float8_e4m3fn)
+    rows = Fp8Rows(data, random(2, 5, 1, seed=3).abs())
+    gate = random(1 if shared else 2, 48, seed=4)
+    sequence = random(2, 9, 48, seed=5)
+    into = sequence.clone()[:, 2:7] if not whole else sequence[:, 2:7].clone()
+    product = F.linear(data.float() * rows.scale, stored, random(48, seed=1))
+    quantised.add_of_fp8(rows, gate, into)
+    expected = sequence[:, 2:7] + gate[:, None] * product
+    assert torch.allclose(into, expected, atol=1e-4)
+    assert calls == [(10, 48)] if shared and whole else [(5, 48)] * 2
 
 
 @pytest.mark.parametrize(

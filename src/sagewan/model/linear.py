@@ -70,10 +70,15 @@ class QuantLinear(nn.Linear):
         """into [B, n, N] += gate·(what the layer gives for x [B, n, K]), without a tensor between;
         gate float32 [B or 1, N] or None for 1. Tokens may lie in a longer sequence."""
         assert self.multiply_add is not None
-        for batch, here in enumerate(into):
-            rows = Fp8Rows(x.data[batch], x.scale[batch])
-            own = None if gate is None else gate[batch if gate.shape[0] > 1 else 0]
-            self.multiply_add(rows, self.packed, self.bias, own, here)
+        gates = [None] if gate is None else list(gate)
+        parts = [(x.data, x.scale, gates[0], into)]
+        if len(gates) > 1 or not into.is_contiguous():
+            each = gates if len(gates) > 1 else gates * len(into)
+            parts = list(zip(x.data, x.scale, each, into, strict=True))
+        for data, scale, own, here in parts:
+            rows = Fp8Rows(data.view(-1, self.in_features), scale.view(-1, 1))
+            place = here.view(-1, self.out_features)
+            self.multiply_add(rows, self.packed, self.bias, own, place)
 
     def of_fp8(self, x: Fp8Rows) -> Tensor:
         """As the layer's forward pass, for an input [..., K] that is FP8 already."""

@@ -7,6 +7,7 @@ before, in a pass that writes nothing else and one over a sample of the tokens. 
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,8 +30,9 @@ SOURCE = "hopper_prepare.cu"
 _THREADS = 128
 # Of threads, to a multiprocessor: 168 registers for each.
 _BLOCKS = 3
-# Heads of a block of threads, which share the positions' table and the norm's factors.
-_GROUP = 10
+# How often the card is to be filled with blocks at least: in fewer, of more heads, the table of
+# positions is read less often, but the last ones leave more of the card idle.
+_FILLS = 2.5
 # Any vector may be taken off, and a thousand tokens from all over a video give their mean nearly.
 _SAMPLED = 1024
 # Primes, which divide the width of hardly any video, so that the sample has all columns.
@@ -188,7 +190,8 @@ def int8_rows(
         dots=dots,
         rows_per_scale=ROWS_PER_SCALE,
     )
-    groups = triton.cdiv(heads, _GROUP)
+    group = _heads_of_a_block(heads, batch * padded // ROWS_PER_SCALE, x.device)
+    groups = triton.cdiv(heads, group)
     weight, signs = position.weight.float(), _signs(x.device)
     minus, other = minus * signs, None if other is None else other * signs
 
@@ -213,7 +216,7 @@ def int8_rows(
         factor=recipe.factor,
         dot_factor=recipe.dot_factor,
         heads=heads,
-        group=_GROUP,
+        group=group,
         groups=groups,
         count=tokens,
         padded=padded,
@@ -222,6 +225,13 @@ def int8_rows(
         kernel = _kernel(x.device.index, x.dtype)
         kernel.launch((padded // ROWS_PER_SCALE, batch * groups), _THREADS, (), arguments)
     return rows
+
+
+def _heads_of_a_block(heads: int, rows: int, device: torch.device) -> int:
+    """How many of the heads a block goes through, of so many blocks of rows."""
+    slots = _BLOCKS * torch.cuda.get_device_properties(device).multi_processor_count
+    groups = min(heads, math.ceil(_FILLS * slots / rows))
+    return -(-heads // groups)
 
 
 def _check(x: Tensor) -> None:

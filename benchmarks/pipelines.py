@@ -60,7 +60,7 @@ class Card:
 T2V, A14B, TI2V = "wan2.1-t2v-14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"
 _LOW, _BALANCED, _HIGH = "fp4_scaled", "fp8_scaled", "fp8_scaled"
 
-# Where sequences are long only some of the blocks attend, for time.
+# Only some of the blocks of large models attend, for time.
 CARDS: Mapping[str, Card] = {
     "low-8": Card(T2V, 8, 16, _LOW, (1280, 720), 61, attending=4),
     "low-8-a14b": Card(A14B, 8, 16, _LOW, (1280, 720), 61, attention="sageattn_3", attending=4),
@@ -76,9 +76,9 @@ CARDS: Mapping[str, Card] = {
     "balanced-16-a14b": Card(
         A14B, 16, 32, _BALANCED, (1280, 720), 81, attention="sageattn_3_fp8", attending=4
     ),
-    "small-12": Card(T2V, 12, 32, _BALANCED, (832, 480), 81),
+    "small-12": Card(T2V, 12, 32, _BALANCED, (832, 480), 81, attending=10),
     "small-16-1.3b": Card("wan2.1-t2v-1.3b", 16, 32, "none", (832, 480), 81),
-    "odd-12": Card(T2V, 12, 32, _BALANCED, (960, 544), 49),
+    "odd-12": Card(T2V, 12, 32, _BALANCED, (960, 544), 49, attending=10),
     "odd-24": Card(A14B, 24, 32, _BALANCED, (1024, 576), 97, attention="sageattn", attending=4),
     # 252,960 tokens: one step of each expert.
     "quality-16": Card(

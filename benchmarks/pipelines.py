@@ -23,6 +23,8 @@ from benchmarks.watching import (
     of_process,
     watched,
 )
+from benchmarks.zero_files import loaded_models, zero_folder
+from sagewan.checkpoint.find import find_model
 from sagewan.errors import RejectedError, SagewanError
 from sagewan.model.attention import Attention
 from sagewan.pipeline.decide import Decision
@@ -55,6 +57,8 @@ class Card:
     attention: str = "sdpa"
     # Of the blocks, how many attend; the others leave it out, for time. All have the same peak.
     attending: int | None = None
+    # What its files hold; None: no files, and random weights as from a file that has them so.
+    files: str | None = None
 
 
 T2V, A14B, TI2V = "wan2.1-t2v-14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"
@@ -80,6 +84,10 @@ CARDS: Mapping[str, Card] = {
     "small-16-1.3b": Card("wan2.1-t2v-1.3b", 16, 32, "none", (832, 480), 81),
     "odd-12": Card(T2V, 12, 32, _BALANCED, (960, 544), 49, attending=10),
     "odd-24": Card(A14B, 24, 32, _BALANCED, (1024, 576), 97, attention="sageattn", attending=4),
+    # As `sagewan generate` loads a folder: pages of files, weights quantised or made 16 bit.
+    "files-16": Card(T2V, 16, 32, "none", (832, 480), 49, attending=10, files="bfloat16"),
+    "files-12-fp8": Card(T2V, 12, 32, "fp8_scaled", (832, 480), 49, attending=10, files="bfloat16"),
+    "files-12-float32": Card(TI2V, 12, 32, "none", (832, 480), 49, files="float32"),
     # 252,960 tokens: one step of each expert.
     "quality-16": Card(
         T2V, 16, 32, _HIGH, (1920, 1080), 121, 1, attention="sageattn_3", attending=2
@@ -96,18 +104,15 @@ class CutOffError(Exception):
 
 def pipeline(card: Card, layers: int | None) -> dict[str, Any]:
     """One video on the pretended card: memory planned and used, GiB."""
-    # As from a file that has them quantised: nothing of them has to be on the host.
-    format_ = QUANTIZED_AS.get(card.quantization)
-    model = replace(PUBLISHED[card.model], quantized=format_)
-    if layers:
-        model = with_layers(model, layers)
     clear()
     context = context_bytes()
     torch.cuda.set_per_process_memory_fraction(
         max(0.01, ((card.vram - 0.5) * GIB - context) / torch.cuda.mem_get_info()[1])
     )
+    components: list[Any] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
+            model = _model(card, Path(folder), layers)
             output = Path(folder) / "x.mp4"
             plan, hardware = _plan(card, model, output)
             decision = Decision(
@@ -117,17 +122,30 @@ def pipeline(card: Card, layers: int | None) -> dict[str, Any]:
                 evidence=_proved(),
                 plan=plan,
             )
-            components: list[Any] = []
-            with random_models(components), _attending(card, model), watched() as peak:
+            models = loaded_models if card.files else random_models
+            with models(components), _attending(card, model), watched() as peak:
                 outcome, report, plans = _run(decision, output)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    found = _facts(card, [plan, *plans[1:]], components[0], peak, report)
+    return {"outcome": outcome, "context": round(context / GIB, 3), **found}
+
+
+def _model(card: Card, folder: Path, layers: int | None) -> Model:
+    if card.files:
+        return find_model(str(zero_folder(card.model, card.files, folder / "model")))
+    # As from a file that has them quantised: nothing of them has to be on the host.
+    model = replace(PUBLISHED[card.model], quantized=QUANTIZED_AS.get(card.quantization))
+    return with_layers(model, layers) if layers else model
+
+
+def _facts(
+    card: Card, plans: list[Plan], components: Any, peak: Mapping[str, Any], report: Any
+) -> dict[str, Any]:
     beyond = [used - torch.cuda.memory_reserved() for used in of_process()]
     # The first plan is what `sagewan plan` says; where memory ran out, the last is what was done.
-    memory, last = plan.memory, plans[-1].memory
+    memory, last = plans[0].memory, plans[-1].memory
     return {
-        "outcome": outcome,
-        "context": round(context / GIB, 3),
         "beyond_torch_after": [round(nbytes / GIB, 3) for nbytes in beyond],
         "survived": len(plans) - 1,
         "planned": round(memory.device_peak / GIB, 3),
@@ -139,7 +157,7 @@ def pipeline(card: Card, layers: int | None) -> dict[str, Any]:
             for name, found in peak["stages"].items()
         },
         "stand_ins": {k: round(v / GIB, 3) for k, v in HELD["stand_ins"].items()},
-        "pinned": round(components[0].pinned_bytes / GIB, 3),
+        "pinned": round(components.pinned_bytes / GIB, 3),
         "planned_pinned_by_stage": {s.name: round(s.pinned / GIB, 3) for s in last.stages},
         "planned_host": round(memory.host_peak / GIB, 2),
         "planned_host_by_stage": {s.name: round(s.host / GIB, 2) for s in last.stages},
@@ -147,7 +165,7 @@ def pipeline(card: Card, layers: int | None) -> dict[str, Any]:
             stage.name: {item.name: round(item.device / GIB, 3) for item in stage.items}
             for stage in last.stages
         },
-        "experts_ran": sum(part.weight_bytes > 0 for part in components[0].transformers),
+        "experts_ran": sum(part.weight_bytes > 0 for part in components.transformers),
         "attention": plans[-1].attention.main.row.name,
         "swapped": last.block_swap,
         "text_swapped": last.text_swap,

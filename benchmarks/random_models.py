@@ -33,7 +33,7 @@ def random_models(made: list[Any]) -> Iterator[None]:
     ) -> Any:
         names = ("transformer", "transformer_2")[: plan.model.experts]
         components = building.Components(
-            tokenizer=_tokenize,
+            tokenizer=tokenize,
             text_encoder=Part(
                 "text_encoder", _told("encode", _text_encoder), lambda m: m.encoder.block
             ),
@@ -72,7 +72,7 @@ def _told(stage: str, make: Callable[[], Any]) -> Callable[[], Any]:
     return made
 
 
-def _tokenize(_texts: Any, **_: Any) -> Any:
+def tokenize(_texts: Any, **_: Any) -> Any:
     tokens = mock.Mock()
     tokens.input_ids = torch.arange(512)[None] % 1000
     tokens.attention_mask = (torch.arange(512) < 40)[None].long()

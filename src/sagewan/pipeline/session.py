@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sagewan.memory.heap import give_back_heap
 from sagewan.memory.placement import Place, Placement
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.budget import CONTEXT
@@ -106,9 +107,12 @@ class Part:
             _give_back(placement.place.device)
         elif module is not None:
             module.to("meta")
+        if module is not None:
+            give_back_heap()
 
     def _enter(self, place: Place) -> Any:
         place = replace(place, keeps_host=self.kept)
+        moves = not self.kept and place.device != "cpu"
         # Free host memory is never twice the same; what is pinned already is worth more.
         if self._placement and self._placement.place != replace(
             place, pin_budget=self._placement.place.pin_budget
@@ -122,12 +126,17 @@ class Part:
             self._module = self.load().eval().requires_grad_(False)
             self.weight_bytes = sum(x.nbytes for x in self._module.state_dict().values())
             self.formats = matrices(self._module)
+            # What weights were quantised or cast from.
+            give_back_heap()
         if self._worn != self.loras:
             self._wear()
         if self._placement is None:
             self._place(place)
         assert self._placement
         self._placement.enter()
+        if moves:
+            # The host's copies of what is on the device now.
+            give_back_heap()
         return self._module
 
     def _place(self, place: Place) -> None:

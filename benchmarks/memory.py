@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory_parts import activations, swap_cost, twenty
+from benchmarks.memory_parts import activations, decode, swap_cost, twenty
 from benchmarks.pipelines import CARDS, CutOffError, pipeline
 from benchmarks.watching import HELD, clear, context_alone
 from sagewan.errors import SagewanError
@@ -50,7 +50,7 @@ def main() -> None:
         read = (json.loads(path.read_text(encoding="utf-8"))["cases"] for path in arguments.show)
         _table({name: facts for cases in read for name, facts in cases.items()})
         return
-    cases = {**_cards(arguments.layers), **_others()}
+    cases = {**_cards(arguments.layers), **_others(arguments.layers)}
     if arguments.list:
         print("\n".join(cases))
         return
@@ -94,8 +94,8 @@ _STAGES = {"text": "encode", "denoise": "denoise", "decode": "decode"}
 
 
 def _table(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """By stage, GiB: planned and used on the device, on the host, and pinned."""
-    head = ("planned", "used", "ratio", "host", "used", "ratio", "pinned", "used", "ratio")
+    """GiB, by stage: planned and used on the device, and on the host; what is pinned, at most."""
+    head = ("planned", "used", "ratio", "host", "used", "ratio")
     print(f"\n{'case':18} {'stage':8}", *(f"{word:>7}" for word in head))
     for name, facts in found.items():
         if "used_by_stage" not in facts:
@@ -104,29 +104,34 @@ def _table(found: Mapping[str, Mapping[str, Any]]) -> None:
         for stage, ran in _STAGES.items():
             if used := facts["used_by_stage"].get(ran):
                 host = used["host"] - facts["stand_ins"].get(ran, 0)
-                wanted = facts["planned_host_by_stage"][stage]
-                device = facts["stages"][stage]
-                numbers = [device, used["device"], used["device"] / device]
-                numbers += [wanted, host, host / wanted]
-                pinned = used["pinned_by_torch"] + facts["pinned"] * (stage == "denoise")
-                wanted = facts["planned_pinned_by_stage"][stage]
-                numbers += [wanted, pinned, pinned / wanted if wanted else 1]
-                print(f"{name:18} {stage:8}", *(f"{number:7.3f}" for number in numbers))
-        swaps = f"{facts['swapped']} blocks swapped, tile {facts['tile']}, {facts['attention']}"
-        print(f"{'':18} {facts['outcome']}, {swaps}, ran out {facts['survived']} times")
+                device, wanted = facts["stages"][stage], facts["planned_host_by_stage"][stage]
+                numbers = device, used["device"], used["device"] / device
+                more = wanted, host, host / wanted
+                print(f"{name:18} {stage:8}", *(f"{number:7.3f}" for number in (*numbers, *more)))
+        print(f"{'':18} {facts['outcome']}; {_told(facts)}")
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    by_torch = max(used.get("pinned_by_torch", 0) for used in facts["used_by_stage"].values())
+    planned = max(facts["planned_pinned_by_stage"].values())
+    return (
+        f"pinned {facts['pinned'] + by_torch:.3f} of {planned:.3f}, {facts['swapped']} blocks "
+        f"swapped, tile {facts['tile']}, {facts['attention']}, ran out {facts['survived']} times"
+    )
 
 
 def _cards(layers: int | None) -> dict[str, Callable[[], dict[str, Any]]]:
     return {name: partial(pipeline, card, layers) for name, card in CARDS.items()}
 
 
-def _others() -> dict[str, Callable[[], dict[str, Any]]]:
+def _others(layers: int | None) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "context": context_alone,
-        "swap-480p": lambda: swap_cost("480p"),
-        "swap-720p": lambda: swap_cost("720p"),
+        "swap-480p": lambda: swap_cost("480p", layers),
+        "swap-720p": lambda: swap_cost("720p", layers),
         "activations-480p": lambda: activations("480p"),
         "activations-720p": lambda: activations("720p"),
+        "decode": decode,
         "twenty": twenty,
     }
 

@@ -9,21 +9,25 @@ from typing import Any
 
 import torch
 
-from benchmarks.pipelines import T2V, with_layers
-from benchmarks.random_models import random_transformer
+from benchmarks.pipelines import T2V, TI2V, with_layers
+from benchmarks.random_models import random_transformer, random_vae
 from benchmarks.watching import DEVICE, clear, host_bytes, of_process, used_bytes
 from sagewan.attention.launch import Launcher
 from sagewan.memory.placement import Place, Placement
 from sagewan.model.attention import Attention, Turn
+from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier
-from sagewan.model.transformer import install
+from sagewan.model.vae import decode_pieces, decode_tiles
+from sagewan.pipeline.decode import frame_bytes
 from sagewan.pipeline.probe import probe
 from sagewan.pipeline.session import Session
-from sagewan.plan.budget import GIB, Chunks
+from sagewan.plan.budget import CONTEXT, GIB, Chunks, decode_stage, with_overhead
 from sagewan.plan.catalogue import row_named
+from sagewan.plan.decoding import plan_decoding
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.plan import Plan, make_plan
+from sagewan.plan.pretend import pretend
 from sagewan.plan.request import Request
 
 SHAPES = {"480p": (832, 480), "720p": (1280, 720)}
@@ -59,7 +63,7 @@ def _forward(
     model: Any, plan: Plan, chunks: Chunks, given: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     attention, multiplier = Attention(Launcher()), Multiplier()
-    install(model, attention)
+    Blocks().install(model, attention, plan.blocks.row)
     multiplier.install(model, plan.weights)
     turn = Turn(plan.attention, 1, lambda: None, chunk=chunks.tokens, heads=chunks.heads)
     with attention.during(turn):
@@ -68,21 +72,26 @@ def _forward(
     return found
 
 
-def swap_cost(shape: str) -> dict[str, Any]:
-    """Seconds of a step with no block swapped and with 20 of 40, fp8_scaled; the same bits. The
+def swap_cost(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """Seconds of a step with no block swapped and with half of them, fp8_scaled; the same bits. The
     faster the blocks, the less time there is to copy: FP8 attention where sequences are long."""
     attention = "sageattn_3_fp8" if shape == "720p" else "sdpa"
     plan = _full_plan(SHAPES[shape], "fp8_scaled", attention)
+    if layers:
+        plan = replace(plan, model=with_layers(plan.model, layers))
     given = _inputs(plan.model, SHAPES[shape], 81)
     seconds: dict[int, float] = {}
     results = []
-    for swapped in (0, 20):
+    half = plan.model.layers // 2
+    for swapped in (0, half):
         model = random_transformer(plan).eval().requires_grad_(requires_grad=False)
         place = Place(device=DEVICE, swapped=swapped, pin_budget=64 * GIB)
         placement = Placement(model, model.blocks, place)
+        began = time.perf_counter()
         results.append(_forward(model, plan, plan.memory.chunks, given))
-        times = []
-        for _ in range(2 if shape == "720p" else 3):
+        # The first of all compiles its kernels.
+        times = [time.perf_counter() - began]
+        for _ in range(1 if shape == "720p" else 3):
             began = time.perf_counter()
             _forward(model, plan, plan.memory.chunks, given)
             times.append(time.perf_counter() - began)
@@ -95,8 +104,9 @@ def swap_cost(shape: str) -> dict[str, Any]:
     assert same, "swapped blocks compute something else"
     return {
         "seconds_whole": round(seconds[0], 3),
-        "seconds_20_swapped": round(seconds[20], 3),
-        "cost": round(seconds[20] / seconds[0] - 1, 4),
+        "seconds_half_swapped": round(seconds[half], 3),
+        "cost": round(seconds[half] / seconds[0] - 1, 4),
+        "blocks": plan.model.layers,
         "pinned": round(pinned / GIB, 3),
         "limit": 0.03 if shape == "720p" else 0.10,
     }
@@ -128,6 +138,77 @@ def _peak_of(work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
     result = work()
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / GIB, 3), result
+
+
+# (model, size, tile in latent cells): the VAE's decoder by itself.
+_DECODED: tuple[tuple[str, tuple[int, int], tuple[int, int] | None], ...] = (
+    (T2V, (832, 480), None),
+    (T2V, (960, 544), None),
+    (T2V, (1280, 720), None),
+    (T2V, (1280, 720), (90, 80)),
+    (T2V, (1280, 720), (45, 80)),
+    (T2V, (1280, 720), (45, 54)),
+    (T2V, (1920, 1088), (136, 120)),
+    (T2V, (1920, 1088), (68, 120)),
+    (TI2V, (1280, 704), (44, 40)),
+    (TI2V, (1280, 704), (44, 27)),
+    (TI2V, (1280, 704), (22, 40)),
+)
+
+
+def decode() -> dict[str, Any]:
+    """Decoding 13 frames: GiB planned in all, allocated, and reserved, beyond the context; whether
+    that also goes in what was planned; and the same where segments of memory can grow."""
+    found = {}
+    for mode in ("fixed", "expandable"):
+        clear()
+        _let_segments_grow(mode == "expandable")
+        found[mode] = [_decoded(*shape) for shape in _DECODED]
+    return found
+
+
+def _let_segments_grow(whether: bool) -> None:
+    # There is no public way once CUDA is in use.
+    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{whether}")  # noqa: SLF001
+
+
+def _decoded(name: str, size: tuple[int, int], tile: tuple[int, int] | None) -> dict[str, Any]:
+    model, (width, height) = PUBLISHED[name], size
+    hardware = pretend(probe(), gpu=None, vram=80)
+    decoding = plan_decoding(hardware.devices[0], "bfloat16", size)
+    shape = (4, height // model.spatial, width // model.spatial)
+    stage = decode_stage(model, shape, tile, on_device=True, decoding=decoding)
+    planned = with_overhead(stage, on_device=True).device - CONTEXT
+    vae = random_vae(model, decoding).eval().to(DEVICE)
+    latents = torch.randn(1, model.latent_channels, *shape, device=DEVICE, dtype=vae.dtype)
+    total = torch.cuda.mem_get_info()[1]
+
+    @torch.inference_mode()
+    def work() -> tuple[int, int]:
+        clear()
+        if tile is None:
+            for piece in decode_pieces(latents, vae, decoding.at_once):
+                frame_bytes(piece)
+        else:
+            for _, _, piece in decode_tiles(latents, vae, tile):
+                frame_bytes(piece).cpu()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+    allocated, reserved = work()
+    fits = True
+    torch.cuda.set_per_process_memory_fraction(planned / total)
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        fits = False
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    items = {item.name: item.device for item in stage.items}
+    numbers = [items["VAE"], items["activations"], planned, allocated, reserved]
+    names = ("vae", "activations", "planned", "allocated", "reserved")
+    gib = {key: round(value / GIB, 3) for key, value in zip(names, numbers, strict=True)}
+    return {"model": name, "size": size, "tile": tile, **gib, "fits": fits}
 
 
 def twenty() -> dict[str, Any]:

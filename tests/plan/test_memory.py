@@ -227,10 +227,15 @@ def test_the_run_that_was_measured_is_planned_as_it_went() -> None:
     stages = {stage.name: stage for stage in memory.stages}
     # Whole, it ran out.
     assert memory.text_swap > 0
-    # In bfloat16 the VAE decoded it whole in 5.38 GiB, with what the allocator can't use.
+    # In bfloat16 the VAE decoded it whole in 5.41 GiB, with what the allocator can't use, and 720p,
+    # where that is the largest share, in 13.94.
     assert memory.decode_tile is None
-    decode = stages["decode"].device - budget.CONTEXT - budget.WORKSPACE
-    assert 1.0 <= decode / GIB / 5.38 < 1.1
+    large = plan(vram=24, quantization="fp8_scaled", size=(1280, 720), frames=81).memory
+    assert large.decode_tile is None
+    for found_, taken in ((memory, 5.41), (large, 13.94)):
+        decode = next(stage for stage in found_.stages if stage.name == "decode")
+        own = sum(item.device for item in decode.items if item.name != "waiting transformer")
+        assert 1.0 <= (own - budget.CONTEXT - budget.WORKSPACE) / GIB / taken < 1.2
     # With 21 blocks swapped, denoising took 9.86 GiB of the device and pinned 6.881 of the host.
     more = plan(quantization="fp8_scaled", size=(832, 480), attention="sdpa", block_swap=21)
     denoise = next(stage for stage in more.memory.stages if stage.name == "denoise")
@@ -240,8 +245,8 @@ def test_the_run_that_was_measured_is_planned_as_it_went() -> None:
     # more of the host is pinned for them.
     copies = 2 * 32 * 2**20
     assert stages["text"].pinned == memory.text_pin_budget + copies < GIB
-    # Three pieces of four frames are on their way from the VAE, each in a power of two.
-    assert stages["decode"].pinned == copies + 3 * 8 * 2**20
+    # Four pieces of four frames are on their way from the VAE, each in a power of two.
+    assert stages["decode"].pinned == copies + 4 * 8 * 2**20
     assert all(stage.host >= stage.pinned >= copies for stage in memory.stages)
 
 

@@ -7,7 +7,7 @@ libraries, what its allocator loses) are constants with a name, to be corrected 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from sagewan.plan.decoding import EXACT, Decoding
@@ -22,18 +22,20 @@ GIB = 2**30
 CONTEXT = 768 * MIB
 WORKSPACE = 320 * MIB
 # What the caching allocator can't use for its blocks' sizes, of all that a stage allocates beyond
-# its weights; for the VAE with cuDNN's workspaces: decoding 832x480 whole ran out there at 1.44
-# times its live tensors, and how much it would have taken is not known.
+# its weights; for the VAE with cuDNN's workspaces: torch held 1.38 to 1.64 times the live tensors
+# of whole frames, and in tiles it ran out of 1.57 and 1.69 times theirs (H100).
 FRAGMENTATION = 0.06
-VAE_FRAGMENTATION = 0.5
-# Python, torch, its libraries and the models' code, on the host.
-PROCESS = 1536 * MIB
+VAE_FRAGMENTATION = 0.65
+TILE_FRAGMENTATION = 0.9
+# Python, torch, its libraries and the models' code, on the host: 0.7 GiB while the text is encoded,
+# without a tokenizer, then 1.2 to 1.4 (H100).
+PROCESS_AT_FIRST = 1024 * MIB
+PROCESS = 1344 * MIB
 # Weights go to a GPU through two pinned buffers of this size, which torch keeps for the next.
 UPLOAD = 32 * MIB
 UPLOADS = 2
-# Pieces of the video in pinned memory at once, on their way from a GPU: one that is written, one
-# that waits, one that is made.
-_PIECES = 3
+# Pieces of the video in pinned memory at once, on their way from a GPU (H100).
+_PIECES = 4
 
 # UMT5-XXL: its table of words, and one of its blocks, in parameters.
 _UMT5_WORDS = 256_384 * 4096
@@ -61,10 +63,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is in memory at once while one part of the run works."""
+    """What is in memory at once while one part of the run works; ``lost`` is what the allocator and
+    libraries take beside the activations, as a share of them."""
 
     name: str
     items: tuple[Item, ...]
+    lost: float = FRAGMENTATION
 
     @property
     def device(self) -> int:
@@ -245,7 +249,7 @@ def picture_stage(
         *_placed(name, weights, 0, on_device=on_device),
         *_placed("activations", active, 0, on_device=on_device),
     )
-    return Stage("picture", items)
+    return Stage("picture", items, _lost(tile))
 
 
 def encode_bytes(model: Model, size: tuple[int, int], tile: tuple[int, int] | None) -> int:
@@ -282,7 +286,12 @@ def decode_stage(
             Item("frames on their way", 0, sent, sent),
             Item("waiting transformer", staying),
         ),
+        _lost(tile),
     )
+
+
+def _lost(tile: tuple[int, int] | None) -> float:
+    return VAE_FRAGMENTATION if tile is None else TILE_FRAGMENTATION
 
 
 def sent_bytes(shape: tuple[int, int, int], model: Model, decoding: Decoding) -> int:
@@ -308,16 +317,15 @@ def decode_bytes(
 
 def with_overhead(stage: Stage, *, on_device: bool) -> Stage:
     """The stage with what every one has: the process, and on a GPU its context."""
-    host = Item("process", 0, PROCESS)
+    host = Item("process", 0, PROCESS_AT_FIRST if stage.name == "text" else PROCESS)
     if not on_device:
-        return Stage(stage.name, (*stage.items, host))
+        return replace(stage, items=(*stage.items, host))
     moving = sum(item.device for item in stage.items if item.name == "activations")
-    lost = VAE_FRAGMENTATION if stage.name in ("picture", "decode") else FRAGMENTATION
-    return Stage(
-        stage.name,
-        (
+    return replace(
+        stage,
+        items=(
             *stage.items,
-            Item("workspaces and fragmentation", int(lost * moving)),
+            Item("workspaces and fragmentation", int(stage.lost * moving)),
             Item("CUDA context and libraries", CONTEXT + WORKSPACE),
             Item("buffers of copies", 0, UPLOADS * UPLOAD, UPLOADS * UPLOAD),
             host,

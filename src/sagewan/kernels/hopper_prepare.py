@@ -141,7 +141,8 @@ def turned_mean(x: Tensor, factors: Tensor, position: Position) -> Tensor:
     _check(x)
     every = _stride(tokens)
     count = triton.cdiv(tokens, every)
-    samples = min(_SAMPLES, triton.cdiv(count, _SAMPLE_ROWS))
+    blocks = triton.cdiv(count, _SAMPLE_ROWS)
+    samples = min(_SAMPLES, blocks)
     partial = torch.empty(batch, heads, samples, size, dtype=torch.float32, device=x.device)
     arguments = {
         "x": x,
@@ -153,7 +154,7 @@ def turned_mean(x: Tensor, factors: Tensor, position: Position) -> Tensor:
         "partial": partial,
         "heads": heads,
         "count": tokens,
-        "chunk": triton.cdiv(triton.cdiv(count, samples), _SAMPLE_ROWS) * _SAMPLE_ROWS,
+        "chunk": triton.cdiv(blocks, samples) * _SAMPLE_ROWS,
         "EVERY": every,
         "BLOCK_R": _SAMPLE_ROWS,
         "SIZE": size,

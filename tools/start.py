@@ -106,7 +106,9 @@ def set_up(folder: Path) -> Path:
         if advice:
             print(advice, flush=True)
     print("Setting up, once; this takes some minutes …", flush=True)
-    venv.create(folder, with_pip=True)
+    # By links, as `python -m venv` does: a copy onto the links of an environment that is there
+    # already, such as `make`'s, would be written over the interpreter that they lead to.
+    venv.create(folder, with_pip=True, symlinks=os.name != "nt")
     for command in install_commands(python, index):
         subprocess.run(command, check=True)
     ready.write_text(made_for, encoding="utf-8")

@@ -1,7 +1,9 @@
 """Which torch a first start installs, by driver and card."""
 
+import os
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,23 @@ def test_a_start_opens_the_app_and_a_newer_list_of_packages_is_installed(
     (tmp_path / "venv" / "started").write_text("another")
     START["main"]([])
     assert ran[1][-2] == "-e"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has copies in place of links")
+def test_an_environment_that_is_there_keeps_its_interpreter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interpreter = tmp_path / "python-of-another"
+    interpreter.write_text("an interpreter")
+    for name in {"python", "python3", Path(os.path.realpath(sys.executable)).name}:
+        link = tmp_path / "venv" / "bin" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(interpreter)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(START["venv"].EnvBuilder, "_setup_pip", lambda *_: None)
+    monkeypatch.setenv("SAGEWAN_TORCH_INDEX", "cpu")
+    START["set_up"](tmp_path / "venv")
+    assert interpreter.read_text() == "an interpreter"
 
 
 def test_a_machine_without_nvidia_smi_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

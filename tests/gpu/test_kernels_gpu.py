@@ -22,8 +22,9 @@ KERNEL_ERROR = {
     "sageattn_3": 1e-3,
     "sageattn_3_fp8": 3e-3,
     "sageattn_3_fp4": 1e-3,
-    # Its product adds up to four steps in 14 bits.
-    "sageattn_3_fp8_hopper": 6e-3,
+    # Its product adds up to four steps in 14 bits, and begins elsewhere: P is rounded under another
+    # maximum.
+    "sageattn_3_fp8_hopper": 1e-2,
 }
 
 
@@ -99,7 +100,7 @@ def test_kernel_is_its_emulation(
     if name == "sageattn_hopper":
         blocks = {"block_m": 64, "block_n": 128, "keys_per_scale": 64}
     elif name == "sageattn_3_hopper":
-        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64}
+        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "keys_per_scale": 64}
     elif name == "sageattn_3_fp8_hopper":
         blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "rounded_sums": True}
     # The emulation rounds its output too: compared before that, in float32.

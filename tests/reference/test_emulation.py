@@ -44,8 +44,9 @@ def test_errors_are_those_published_for_the_formats(mode: str, family: str) -> N
     inputs = sample(family)
     error = relative_error(run(mode, *inputs), attention(*inputs))
     published = PUBLISHED[mode, family]
-    # The published figures of sageattn_3 are with coarser scales than one for each token.
-    low = 0.65 if mode == "sageattn_3" else 0.85
+    # The published figures of sageattn_3 are with coarser scales than one for each token, and keys
+    # rounded to the nearest.
+    low = 0.5 if mode == "sageattn_3" else 0.85
     assert low * published < error < 1.1 * published, f"{error:.4f}, published {published}"
 
 

@@ -35,6 +35,15 @@ def test_e2m1_takes_the_nearest_value() -> None:
     torch.testing.assert_close((formats.e2m1(x) - x).abs(), nearest)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_int8_rounded_along_has_less_error_of_its_own_direction(rows: int) -> None:
+    x = normal(512, 128, seed=3)
+    errors = [formats.int8(x, rows, along=along).value() - x for along in (False, True)]
+    plain, along = ((e * x).sum(-1).norm() for e in errors)
+    assert along < 0.5 * plain
+    assert errors[1].norm() < 1.02 * errors[0].norm()
+
+
 def test_e4m3_keeps_its_own_values_and_saturates() -> None:
     values = e4m3_values()
     assert torch.equal(formats.e4m3(values), values)

@@ -6,9 +6,11 @@
 // Scores stay integers until the exponential. The accumulator of Q·Kᵀ starts at the bits of
 // 1.5·2²³ as a float, plus the key's bias counted in the score's own units: the integer sum is then,
 // read as a float, 1.5·2²³ + score, and the conversion, the bias and the scale cost one
-// multiply-add in the exponent. Their order as integers is their order as floats. With KEY_SCALES,
-// a scale for each key, they become powers of two before their maxima are taken, by a multiply-add
-// for each.
+// multiply-add in the exponent. Their order as integers is their order as floats.
+//
+// Where all scores of a step are so far below their rows' maxima that P is zero in e4m3, its
+// exponentials are not taken, and if that is so for a warpgroup, its product with V is not either.
+// Queries begin with the keys at their own place, which are likely to hold their maxima.
 //
 // What a thread holds: of its warpgroup's 64 rows the two rows 16·warp + lane/4 and 8 below, called
 // here row 0 and 1; of each 8 columns the two that begin at 2·(lane % 4).
@@ -39,16 +41,18 @@ constexpr int SUMS = FP8 ? 68 : 64;  // accumulators of P·V a thread
 // The FP8 product adds in 14 bits: after so many steps its sums go to the output, in float32.
 constexpr int STEPS_OF_SUMS = 4;
 // Where P's products begin with half of the keys, while the other half's exponentials are made.
-constexpr bool IN_HALVES = !FP8 && !KEY_SCALES;
+constexpr bool IN_HALVES = !FP8;
+// So far below a row's maximum P is under 2⁻¹⁰, half of the least of e4m3, and so rounded to zero.
+constexpr float NOTHING = 10.01f + LOG2_P_MAX;
+// Whether P is zero is looked at in each fourth step, and in so many after one where it was.
+constexpr int PATIENCE = 8;
 
 struct __align__(1024) Shared {
     char q[WARPGROUPS][Q_BYTES];
     char k[STAGES][K_BYTES];
     char v[STAGES][V_BYTES + ONES_BYTES];
     int4 start[STAGES][WARPGROUPS][KEYS / 2];  // where the scores of two keys start, twice
-    // Of a score, for each half of the keys; with KEY_SCALES, see prepare().
-    float2 factor[STAGES][WARPGROUPS];
-    int4 base;  // where scores start that get their keys' bias later
+    float2 factor[STAGES][WARPGROUPS];  // what a score is worth, for each half of the keys
     u64 q_full, k_full[STAGES], k_free[STAGES], v_full[STAGES], v_free[STAGES];
 };
 
@@ -61,7 +65,7 @@ struct __align__(64) TensorMap {
 struct Arguments {
     const float *q_scale;  // [B·H, count_padded], equal within ROWS; makes powers of two
     const float *q_dots;   // [B·H, count_padded], what the log-sum-exp lacks, or null
-    const float *k_scale;  // [B·Hk, keys_padded], equal within 64 keys unless KEY_SCALES
+    const float *k_scale;  // [B·Hk, keys_padded], equal within 64 keys
     const float *k_bias;   // [B·H, keys_padded], added to a key's scores, or null
     const float *v_scale;  // [B·Hk, CHANNELS], FP8 only
     const int *blocks;     // the blocks of keys to visit for each block of queries, or null
@@ -137,8 +141,11 @@ __device__ __forceinline__ void copy_tile(void *to, const TensorMap &map, int x,
 // A tile in shared memory as wgmma takes it: rows of 128 bytes, swizzled by 128. `leading` is the
 // distance of the second 64 columns of a tile that is not contiguous along the summed dimension.
 __device__ __forceinline__ u64 descriptor(const void *tile, int leading = 16) {
-    u64 start = (address(tile) & 0x3ffff) >> 4;
-    return start | u64(leading >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+    // By halves, so that what is constant needs no arithmetic.
+    u32 low = address(tile) >> 4 | (leading >> 4) << 16, high = 1024 >> 4 | 1 << 30;
+    u64 made;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(made) : "r"(low), "r"(high));
+    return made;
 }
 
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -147,6 +154,20 @@ __device__ __forceinline__ void commit() {
 }
 template <int PENDING> __device__ __forceinline__ void wait_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Whether it is so for any thread of a warpgroup.
+__device__ __forceinline__ bool any_of_warpgroup(bool x, int group) {
+    int any;
+    asm volatile(
+        "{\n.reg .pred one, any;\n"
+        "setp.ne.b32 one, %1, 0;\n"
+        "barrier.cta.red.or.pred any, %2, 128, one;\n"
+        "selp.b32 %0, 1, 0, any;\n}"
+        : "=r"(any)
+        : "r"(int(x)), "r"(group + 1)
+        : "memory");
+    return __shfl_sync(~0u, any, 0);  // so that the compiler knows it to be the same in a warp
 }
 
 // The compiler may not keep a copy of an accumulator beyond this line.
@@ -230,14 +251,34 @@ __device__ __forceinline__ u32 four_e4m3(float a, float b, float c, float d) {
     return packed;
 }
 
-__device__ __forceinline__ u32 two_halves(float a, float b) {
+__device__ __forceinline__ unsigned short two_e4m3(float a, float b) {
+    unsigned short packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(packed) : "f"(a), "f"(b));
+    return packed;
+}
+
+// Two values of float16 or bfloat16.
+__device__ __forceinline__ u32 two_of(float a, float b, bool half) {
     u32 packed;
-    if constexpr (V_FORMAT == 2) {
+    if (half) {
         asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(a), "f"(b));
     } else {
         asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(a), "f"(b));
     }
     return packed;
+}
+
+// Registers go from the warps that copy and prepare to those that compute.
+template <int COUNT> __device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// What threads have written to shared memory is seen by products and copies.
+__device__ __forceinline__ void show_writes() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ float sum_across_row(float x) {
@@ -251,14 +292,15 @@ __device__ __forceinline__ float sum_across_row(float x) {
 // ---- The copying warp --------------------------------------------------------------------------
 
 // Which blocks of keys a block of queries visits, in order: those of its list and then, maybe, the
-// last one, which is not whole; or all.
+// last one, which is not whole; or all, in FP8 from the queries' own place on.
 struct Visit {
     const int *blocks;
-    int listed, steps, last;
+    int listed, steps, last, first;
     __device__ Visit(const Arguments &a, int head, int query_block) {
         blocks = nullptr;
         steps = listed = (a.keys + KEYS - 1) / KEYS;
         last = a.keys / KEYS;
+        first = FP8 && query_block < steps ? query_block : 0;
         if (a.blocks) {
             int row = head / a.heads * a.block_b + head % a.heads * a.block_h + query_block;
             blocks = a.blocks + i64(row) * last;
@@ -267,7 +309,10 @@ struct Visit {
         }
     }
     __device__ int operator[](int step) const {
-        if (!blocks) return step;
+        if (!blocks) {
+            int place = step + first;
+            return place < steps ? place : place - steps;
+        }
         return step < listed ? blocks[step] : last;
     }
 };
@@ -302,9 +347,7 @@ __device__ __forceinline__ void copy(Shared &shared, const Arguments &a, const T
 // ---- The preparing warp ------------------------------------------------------------------------
 
 // Where each key's scores start, and what a score is worth. Keys beyond the last start at minus
-// infinity: theirs are rows of zeros, so they stay there. With KEY_SCALES all start alike: for two
-// keys, what a score of each is multiplied by and what is added then; for all, how much that lifts
-// them above zero, and what is to be subtracted from scores first.
+// infinity: theirs are rows of zeros, so they stay there.
 __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int head, int key_head,
                                         const Visit &visit) {
     int lane = threadIdx.x % 32;
@@ -313,39 +356,6 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
     const float *q_scale = a.q_scale + i64(head) * a.count_padded;
     for (int step = 0; step < visit.steps; ++step) {
         int stage = step % STAGES, parity = step / STAGES & 1, key = visit[step] * KEYS + lane * 4;
-#if KEY_SCALES
-        float4 of_keys = *reinterpret_cast<const float4 *>(k_scale + key);
-        float4 added = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (bias) added = *reinterpret_cast<const float4 *>(bias + key);
-        float most = fmaxf(fmaxf(of_keys.x, of_keys.y), fmaxf(of_keys.z, of_keys.w));
-        float high = fmaxf(fmaxf(fabsf(added.x), fabsf(added.y)),
-                           fmaxf(fabsf(added.z), fabsf(added.w)));
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, distance));
-            high = fmaxf(high, __shfl_xor_sync(~0u, high, distance));
-        }
-        wait(shared.k_free[stage], parity ^ 1);
-#pragma unroll 1
-        for (int group = 0; group < WARPGROUPS; ++group) {
-            int row = min(int(blockIdx.x * WARPGROUPS + group) * ROWS, a.count_padded - ROWS);
-            float of_rows = q_scale[row];
-            // No score is below minus this: 127²·128 < 2²¹. Above zero, floats are in the order of
-            // their bits.
-            float lift = of_rows * most * 2097152.0f + high;
-            float base = of_rows * most > MOST_FACTOR ? 0.0f : BASE;
-            float4 *line = reinterpret_cast<float4 *>(&shared.start[stage][group][lane * 2]);
-            float x = of_rows * of_keys.x, y = of_rows * of_keys.y, none = __int_as_float(LOWEST);
-            float c = key < a.keys ? fmaf(-base, x, added.x + lift) : none;
-            float d = key + 1 < a.keys ? fmaf(-base, y, added.y + lift) : none;
-            line[0] = {x, y, c, d};
-            x = of_rows * of_keys.z, y = of_rows * of_keys.w;
-            c = key + 2 < a.keys ? fmaf(-base, x, added.z + lift) : none;
-            d = key + 3 < a.keys ? fmaf(-base, y, added.w + lift) : none;
-            line[1] = {x, y, c, d};
-            if (lane == 0) shared.factor[stage][group] = {lift, BASE - base};
-        }
-#else
         float of_keys = k_scale[key];  // a lane's four keys share it
         float4 added = {0.0f, 0.0f, 0.0f, 0.0f};
         if (bias) added = *reinterpret_cast<const float4 *>(bias + key);
@@ -364,7 +374,6 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
             if (lane == 0) shared.factor[stage][group].x = factor;
             if (lane == 16) shared.factor[stage][group].y = factor;
         }
-#endif
         __syncwarp();
         if (lane == 0) arrive(shared.k_full[stage]);
     }
@@ -380,13 +389,6 @@ struct Rows {
 };
 
 __device__ __forceinline__ void start_scores(int *s, const int4 *starts, int eight) {
-#if KEY_SCALES
-    // All the same, but the compiler, if it knew, would copy registers instead.
-    asm volatile("ld.volatile.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(s[0]), "=r"(s[1]), "=r"(s[2]), "=r"(s[3])
-                 : "r"(address(starts)));
-    return;
-#endif
     int4 start = starts[eight * 4];
     s[0] = start.x;
     s[1] = start.y;
@@ -456,30 +458,6 @@ __device__ __forceinline__ void find_largest(int (&s)[64], const float2 factor, 
     }
 }
 
-// The same where each key has a scale: the scores become powers of two, all above zero by `lift`.
-__device__ __forceinline__ void find_largest(int (&s)[64], const int4 *lines, const float2 factor,
-                                             float (&largest)[2]) {
-    if (factor.y != 0.0f) {
-        asm volatile("" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < 64; ++i) s[i] = __float_as_int(__int_as_float(s[i]) - BASE);
-    }
-    int most[2];
-#pragma unroll
-    for (int i = 0; i < 64; i += 4) {
-        float4 line = *reinterpret_cast<const float4 *>(lines + i);
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            int *pair = s + i + row * 2;
-            pair[0] = __float_as_int(fmaf(__int_as_float(pair[0]), line.x, line.z));
-            pair[1] = __float_as_int(fmaf(__int_as_float(pair[1]), line.y, line.w));
-            most[row] = i ? max(max(pair[0], pair[1]), most[row]) : max(pair[0], pair[1]);
-        }
-    }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) largest[row] = __int_as_float(most[row]) - factor.x;
-}
-
 // New maxima of the rows, and what is left of the sums that were taken with the old ones.
 __device__ __forceinline__ void raise(float (&largest)[2], Rows &rows, float (&sums)[SUMS]) {
     float rescale[2];
@@ -543,11 +521,7 @@ __device__ __forceinline__ void exponentials(int (&s)[64], u32 *p, float (&offse
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             float score = __int_as_float(s[i + j]);
-#if KEY_SCALES
-            e[j] = exp2_of(score + offset[j / 2 % 2][half]);
-#else
             e[j] = exp2_of(fmaf(score, half ? factor.y : factor.x, offset[j / 2 % 2][half]));
-#endif
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -565,7 +539,7 @@ __device__ __forceinline__ void exponentials(int (&s)[64], u32 *p, float (&offse
                 rows.total[row] += e[row * 2] + e[row * 2 + 1] + (e[row * 2 + 4] + e[row * 2 + 5]);
             }
 #pragma unroll
-            for (int j = 0; j < 8; j += 2) p[i / 2 + j / 2] = two_halves(e[j], e[j + 1]);
+            for (int j = 0; j < 8; j += 2) p[i / 2 + j / 2] = two_of(e[j], e[j + 1], V_FORMAT == 2);
         }
     }
 }
@@ -598,19 +572,12 @@ __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Ar
                 x *= of_channel[channel];
                 y *= of_channel[channel + 1];
             }
-            u32 packed;
             if (narrow) {
-                unsigned short both;
-                asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(both) : "f"(x), "f"(y));
                 char *place = static_cast<char *>(a.out) + base + channel;
-                *reinterpret_cast<unsigned short *>(place) = both;
+                *reinterpret_cast<unsigned short *>(place) = two_e4m3(x, y);
                 continue;
             }
-            if (a.out_is_half) {
-                asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x), "f"(y));
-            } else {
-                asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(x), "f"(y));
-            }
+            u32 packed = two_of(x, y, a.out_is_half);
             out[channel * a.o_d] = packed & 0xffff;
             out[(channel + 1) * a.o_d] = packed >> 16;
         }
@@ -650,25 +617,29 @@ __device__ __forceinline__ void compute(Shared &shared, const Arguments &a, int 
     if (!visit.steps) return store(o, rows, a, head, key_head, first_row);
     wait(shared.k_full[0], 0);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) start_scores(s + i * 4, KEY_SCALES ? &shared.base : first_start, i);
+    for (int i = 0; i < 16; ++i) start_scores(s + i * 4, first_start, i);
     float2 factor = shared.factor[0][group];
     issue_scores(s, shared, group, 0);
     wait_products<0>();
     int stage = 0, parity = 0;
+    [[maybe_unused]] int patience = 0;
+    int held = 0;  // whether there are sums that the output has not taken in
     for (int step = 0; step < visit.steps; ++step) {
         int next = stage + 1 == STAGES ? 0 : stage + 1, next_parity = parity ^ (next == 0);
         bool k_there = over(shared.k_full[next], next_parity);
         bool v_there = over(shared.v_full[stage], parity);
         pin(s);
-#if !KEY_SCALES
         release(shared.k_free[stage], lane);
-#endif
         float largest[2], base;
-#if KEY_SCALES
-        find_largest(s, first_start + stage * (WARPGROUPS * KEYS / 2), factor, largest);
-        release(shared.k_free[stage], lane);
-#else
+        bool counts = true, any_counts = true;  // of the warp, of the warpgroup
         find_largest(s, factor, base, largest);
+#if V_FORMAT == 0
+        if (patience || step % STEPS_OF_SUMS == 0) {
+            counts = __any_sync(~0u, largest[0] > rows.highest[0] - NOTHING ||
+                                         largest[1] > rows.highest[1] - NOTHING);
+            any_counts = any_of_warpgroup(counts, group);
+            patience = any_counts ? max(patience - 1, 0) : PATIENCE;
+        }
 #endif
         wait_products<0>();
         pin(t);
@@ -679,45 +650,49 @@ __device__ __forceinline__ void compute(Shared &shared, const Arguments &a, int 
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             float least = LOG2_P_MAX - rows.highest[row];
-#if KEY_SCALES
-            offset[row][0] = offset[row][1] = least - factor.x;
-#else
             offset[row][0] = fmaf(-base, factor.x, least);
             offset[row][1] = fmaf(-base, factor.y, least);
-#endif
         }
 #if V_FORMAT == 0
-        if (step % STEPS_OF_SUMS == 0) {
+        if (step % STEPS_OF_SUMS == 0 && held) {
             asm volatile("" ::: "memory");
             take_in(o, t, rows);
+            held = 0;
         }
 #endif
         if (step + 1 < visit.steps && !k_there) wait(shared.k_full[next], next_parity);
         float2 following = shared.factor[next][group];
-#if KEY_SCALES
-        const int4 *starts = &shared.base;
-#else
         const int4 *starts = first_start + next * (WARPGROUPS * KEYS / 2);
-#endif
         if (!v_there) wait(shared.v_full[stage], parity);
-        int add = step % STEPS_OF_SUMS != 0;
-        exponentials<0, IN_HALVES ? 32 : 64>(s, p, offset, factor, rows, starts, a.zero);
+        if (counts) {
+            exponentials<0, IN_HALVES ? 32 : 64>(s, p, offset, factor, rows, starts, a.zero);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 16; ++i) start_scores(s + i * 4, starts, i);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) p[i] = 0;
+        }
         if (IN_HALVES) {
-            issue_values<0, 2>(t, p, shared, stage, add);
+            issue_values<0, 2>(t, p, shared, stage, 1);
             exponentials<32, 64>(s, p, offset, factor, rows, starts, a.zero);
         }
         factor = following;
         // After the last step these are products of stale bytes, which nothing reads.
         issue_scores(s, shared, group, next);
-        issue_values<IN_HALVES ? 2 : 0, 4>(t, p, shared, stage, add);
-        wait_products<1>();
+        if (any_counts) {
+            issue_values<IN_HALVES ? 2 : 0, 4>(t, p, shared, stage, held);
+            held = 1;
+            wait_products<1>();
+        } else {
+            wait_products<0>();
+        }
         stage = next;
         parity = next_parity;
     }
     wait_products<0>();
     pin(t);
 #if V_FORMAT == 0
-    take_in(o, t, rows);
+    if (held) take_in(o, t, rows);  // else no maximum has risen since
 #endif
     store(o, rows, a, head, key_head, first_row);
 }
@@ -729,8 +704,6 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     int head = blockIdx.y, key_head = head / a.shared;
     if (threadIdx.x == 0) {
-        int base = __float_as_int(BASE);
-        shared.base = {base, base, base, base};
         start_barrier(shared.q_full, 1);
         for (int stage = 0; stage < STAGES; ++stage) {
             start_barrier(shared.k_full[stage], 2);
@@ -746,15 +719,15 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
             ones[place] = place < KEYS / 4 ? 0x38383838 : 0;  // a row of ones, seven of zeros
         }
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    show_writes();
     __syncthreads();
     Visit visit(a, head, blockIdx.x);
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
+        give_registers<COPY_REGISTERS>();
         if (threadIdx.x >= 32 && threadIdx.x < 64) prepare(shared, a, head, key_head, visit);
         if (threadIdx.x == 0) copy(shared, a, q_map, k_map, v_map, head, key_head, visit);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COMPUTE_REGISTERS));
+        take_registers<COMPUTE_REGISTERS>();
         compute(shared, a, head, key_head, visit);
     }
 }

@@ -1,10 +1,10 @@
 """Attention with INT8 Q·Kᵀ on Hopper (compute capability 9.0), in CUDA C++ compiled by NVRTC.
 
 The kernel is ``hopper_attention.cu``; this module prepares Q, K and V for it and launches it.
-:func:`sageattn` smooths K; :func:`sageattn_3` smooths Q and K, rotates both and gives a scale to
-each key; :func:`sageattn_3_fp8` does without the latter and multiplies P·V in FP8. Otherwise 64
-rows share a scale, because the kernel keeps scores as integers until the exponential. Head sizes
-from 72 to 128, padded; no causal order, no dropout, no gradient. After
+:func:`sageattn` smooths K; :func:`sageattn_3` smooths Q and K, rotates both and rounds keys with
+little error along themselves; :func:`sageattn_3_fp8` does without the latter and multiplies P·V in
+FP8. 64 rows share a scale, because the kernel keeps scores as integers until the exponential. Head
+sizes from 72 to 128, padded; no causal order, no dropout, no gradient. After
 FlashAttention-3 (arXiv:2407.08608) and SageAttention2 (arXiv:2411.10958).
 """
 
@@ -41,11 +41,9 @@ _MOST_BIAS = 2.0**21
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the kernel: V's format, and whether each key has a scale, else ROWS_PER_SCALE
-    keys together, as the rows of Q."""
+    """One form of the kernel: V's format."""
 
     v_dtype: torch.dtype
-    key_scales: bool = False
 
     @property
     def stages(self) -> int:
@@ -58,14 +56,13 @@ class Form:
         v_tile = k_tile * self.v_dtype.itemsize + (8 * _KEYS if self.v_dtype.itemsize == 1 else 0)
         starts = _WARPGROUPS * (_KEYS * 8 + 8)
         total = _ROWS * CHANNELS + self.stages * (k_tile + v_tile + starts)
-        total += 16 + 8 * (1 + 4 * self.stages)
+        total += 8 * (1 + 4 * self.stages)
         return -(-total // 1024) * 1024
 
     def defines(self) -> dict[str, int]:
         """What the kernel's source is compiled with."""
         return {
             "V_FORMAT": _V_FORMATS[self.v_dtype],
-            "KEY_SCALES": int(self.key_scales),
             "WARPGROUPS": _WARPGROUPS,
             "STAGES": self.stages,
             "SHARED_BYTES": self.shared_bytes,
@@ -106,9 +103,8 @@ def sageattn_3(
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As :func:`sageattn`, with Q smoothed too, both rotated, a scale for each key, and keys
-    rounded
-    so that their error has little along themselves."""
+    """As :func:`sageattn`, with Q smoothed too, both rotated, and keys rounded so that their error
+    has little along themselves."""
     return _sageattn_3(q, k, v, scale, return_lse, block_mask)
 
 
@@ -121,7 +117,7 @@ def sageattn_3_fp8(
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """As :func:`sageattn_3`, but for a scale of 64 keys, and P·V in FP8."""
+    """As :func:`sageattn_3`, but for how keys are rounded, and P·V in FP8."""
     return _sageattn_3_fp8(q, k, v, scale, return_lse, block_mask)
 
 
@@ -157,7 +153,7 @@ def prepare_sageattn_3(
 ) -> Prepared[Rows, Tensor]:
     """The first half of :func:`sageattn_3`; arguments as :func:`prepare_sageattn`'s."""
     _check(q, k, v)
-    queries, keys = _smoothed(q, k, scale, k_mean, with_lse=with_lse, key_scales=True)
+    queries, keys = _smoothed(q, k, scale, k_mean, with_lse=with_lse, along=True)
     return _prepared(q, k, queries, keys, _copyable(v))
 
 
@@ -174,7 +170,7 @@ def prepare_sageattn_3_fp8(
     _check(q, k, v)
     # The longest first: while it runs, the small ones are launched.
     columns = e4m3_columns(v, E4M3_MAX)
-    queries, keys = _smoothed(q, k, scale, k_mean, with_lse=with_lse, key_scales=False)
+    queries, keys = _smoothed(q, k, scale, k_mean, with_lse=with_lse, along=False)
     return _prepared(q, k, queries, keys, columns)
 
 
@@ -185,26 +181,20 @@ def _smoothed(
     k_mean: Tensor | None,
     *,
     with_lse: bool,
-    key_scales: bool,
+    along: bool,
 ) -> tuple[Rows, Rows]:
-    """Q and K smoothed and rotated."""
+    """Q and K smoothed and rotated; ``along`` is how keys are rounded."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
-    for_keys = Recipe(
-        rows_per_scale=1 if key_scales else None,
-        rotate=True,
-        dot_factor=scale * LOG2E,
-        smoothed=True,
-        along=key_scales,
-    )
+    for_keys = Recipe(rotate=True, dot_factor=scale * LOG2E, smoothed=True, along=along)
     keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
-    recipe = Recipe(block=ROWS_PER_SCALE, rotate=True, factor=scale * LOG2E, dot_factor=scale)
+    recipe = Recipe(rotate=True, factor=scale * LOG2E, dot_factor=scale)
     queries = int8_rows(
         q,
         recipe,
         minus=q_mean,
         other=k_mean if with_lse else None,
-        lowest=None if key_scales else lowest_scale(keys),
+        lowest=lowest_scale(keys),
     )
     return queries, keys
 
@@ -311,8 +301,7 @@ def attend(
         if columns
         else tensor_map(v, (1, 1, _KEYS, 64)),
     )
-    form = Form(v.dtype, key_scales=k.rows_per_scale < ROWS_PER_SCALE)
-    kernel = _kernel(out.device.index, form)
+    kernel = _kernel(out.device.index, Form(v.dtype))
     with torch.cuda.device(out.device):
         kernel.launch((-(-count // _ROWS), batch * heads), _THREADS, maps, arguments)
     return out if lse is None else (out, lse)

@@ -23,7 +23,7 @@ from sagewan.kernels.hopper_attention import CHANNELS, ROWS_PER_SCALE, lowest_sc
 from sagewan.kernels.int8_attention import LOG2E
 from sagewan.kernels.launch import VARYING, Schedule, launch
 from sagewan.kernels.nvrtc import Kernel
-from sagewan.kernels.prepare import SAMPLED_FROM, Recipe, e4m3_columns
+from sagewan.kernels.prepare import Recipe, e4m3_columns, stride_of
 from sagewan.kernels.prepared import PADDING, Columns, Prepared, Rows
 
 SOURCE = "hopper_prepare.cu"
@@ -35,10 +35,6 @@ _STAGES = 0
 # How often the card is to be filled with blocks at least: in fewer, of more heads, the table of
 # positions is read less often, but the last ones leave more of the card idle.
 _FILLS = 2.5
-# Any vector may be taken off, and a thousand tokens from all over a video give their mean nearly.
-_SAMPLED = 1024
-# Primes, which divide the width of hardly any video, so that the sample has all columns.
-_STRIDES = (7, 31, 73, 127, 241)
 _SAMPLE_ROWS, _SAMPLES = 32, 64
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 
@@ -139,7 +135,7 @@ def turned_mean(x: Tensor, factors: Tensor, position: Position) -> Tensor:
     about a thousand of its tokens."""
     batch, tokens, heads, size = x.shape
     _check(x)
-    every = _stride(tokens)
+    every = stride_of(tokens)
     count = triton.cdiv(tokens, every)
     blocks = triton.cdiv(count, _SAMPLE_ROWS)
     samples = min(_SAMPLES, blocks)
@@ -161,13 +157,6 @@ def turned_mean(x: Tensor, factors: Tensor, position: Position) -> Tensor:
     }
     launch(_mean_kernel, (samples, batch * heads), x.device, arguments, Schedule(warps=4))
     return partial.sum(2).div_(count)
-
-
-def _stride(tokens: int) -> int:
-    """From one token of the sample to the next, so that there are about ``_SAMPLED``."""
-    if tokens < SAMPLED_FROM:
-        return 1
-    return max(stride for stride in _STRIDES if stride <= max(7, tokens // _SAMPLED))
 
 
 def int8_rows(

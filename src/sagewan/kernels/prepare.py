@@ -34,9 +34,10 @@ _ROWS = 64
 _BLOCKS, _MANY_BLOCKS = 8, 32
 _PLENTY_SMS = (90, 100, 103)
 _MAX_ROTATION = 128
-SAMPLED_FROM = 8192
-# It divides the width of hardly any video, so that the sample has all columns.
-_EVERY = 7
+# Any vector may be subtracted, and a thousand tokens from all over a video give their mean nearly.
+SAMPLED_FROM, _SAMPLED = 8192, 1024
+# Primes, which divide the width of hardly any video, so that the sample has all columns.
+_STRIDES = (7, 31, 73, 127, 241)
 _SCHEDULE = Schedule(warps=8)
 # Two blocks of 256 threads share a multiprocessor.
 _AHEAD = Schedule(warps=8, stages=3, registers=128)
@@ -75,7 +76,7 @@ def mean(x: Tensor) -> Tensor:
 
 def sum_and_count(x: Tensor) -> tuple[Tensor, int]:
     """[B, H, N, D] → its sum over N, [B, H, D'] float32, padded by zeros, and N; of
-    ``SAMPLED_FROM`` tokens and more, of every seventh, because any vector may be subtracted.
+    ``SAMPLED_FROM`` tokens and more, of a sample of them.
 
     Where several devices hold parts of K, the sums and the counts of all, added up, give the mean
     that each must subtract; it is passed on as ``k_mean``.
@@ -85,7 +86,14 @@ def sum_and_count(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _sampled(x: Tensor) -> Tensor:
-    return x[:, :, ::_EVERY] if x.shape[2] >= SAMPLED_FROM else x
+    return x[:, :, :: stride_of(x.shape[2])]
+
+
+def stride_of(tokens: int) -> int:
+    """From one token of the sample to the next, so that there are about a thousand."""
+    if tokens < SAMPLED_FROM:
+        return 1
+    return max(stride for stride in _STRIDES if stride <= max(7, tokens // _SAMPLED))
 
 
 def largest(x: Tensor, over: float = 1.0) -> Tensor:
@@ -255,16 +263,40 @@ def _rotation(SIZE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _store_dots(
-    seen, other, dots, head, rows, padded, factor,
-    EACH: tl.constexpr, SHARED: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+def _rotated(vector, matrix, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    parts = vector.reshape(BLOCK_D // WIDTH, WIDTH, 1) * matrix[None, :, :]
+    return tl.sum(parts, 1).reshape(BLOCK_D)
+
+
+@triton.jit
+def _store_dots(seen, means, dots, head, rows, padded, factor, EACH: tl.constexpr):
     """What rows give with each of the other tensor's means that share their head."""
     for i in tl.static_range(EACH):
-        place = (head * EACH + i) // SHARED * BLOCK_D
-        mean_of_other = tl.load(other + place + tl.arange(0, BLOCK_D))
-        dot = tl.sum(seen * mean_of_other[None, :], 1) * factor
+        dot = tl.sum(seen * means[i][None, :], 1) * factor
         tl.store(dots + (head * EACH + i).to(tl.int64) * padded + rows, dot)
+
+
+@triton.jit
+def _error_along(values, tried):
+    """What rounding ``tried`` instead of ``values`` is off by along each row, times its length."""
+    return tl.sum(((tried + _ROUND) - _ROUND - values) * values, 1)
+
+
+@triton.jit
+def _stretched(values):
+    """Rows [R, D] so much longer or shorter that they are rounded with little error along
+    themselves: by as much as the rounding, tried before, shortened them, or half of it more or
+    less."""
+    over = _error_along(values, values) / tl.maximum(tl.sum(values * values, 1), 1e-30)
+    best = values * (1.0 - over)[:, None]
+    least = tl.abs(_error_along(values, best))
+    for i in tl.static_range(2):
+        tried = values * (1.0 - (0.5 + i) * over)[:, None]
+        error = tl.abs(_error_along(values, tried))
+        best = tl.where((error < least)[:, None], tried, best)
+        least = tl.minimum(error, least)
+    # The longest row may not leave the range.
+    return tl.clamp(best, -127.0, 127.0)
 
 
 @triton.jit
@@ -293,31 +325,39 @@ def _int8_rows_kernel(
     head = tl.program_id(1)
     channels = tl.arange(0, BLOCK_D)
     if minus is not None:
-        vector = tl.load(minus + head * BLOCK_D + channels)
-        taken = vector[None, :]
+        taken = tl.load(minus + head * BLOCK_D + channels)
+    means = ()
+    if other is not None:
+        for i in tl.static_range(EACH):
+            of_mean = other + (head * EACH + i) // SHARED * BLOCK_D
+            means = means + (tl.load(of_mean + channels),)
     if ROTATION > 0:
         # The tensor cores add 16-bit values times ±1 exactly to float32's precision, so x is
         # rotated as it came, and its mean apart. The matrix is made once for several blocks.
         matrix = _rotation(ROTATION, WIDTH)
         if minus is not None:
-            parts = vector.reshape(BLOCK_D // WIDTH, WIDTH, 1) * matrix[None, :, :]
-            taken = tl.sum(parts, 1).reshape(1, BLOCK_D)
+            taken = _rotated(taken, matrix, WIDTH, BLOCK_D)
+        if other is not None and SMOOTHED:
+            # Their dots are those of the rotated rows, but for the rotation's own length.
+            as_they_came = means
+            means = ()
+            for i in tl.static_range(EACH):
+                means = means + (_rotated(as_they_came[i], matrix, WIDTH, BLOCK_D) / ROTATION,)
     first = tl.program_id(0) * BLOCKS
     for block in range(first, tl.minimum(first + BLOCKS, padded // BLOCK_R)):
         rows = block * BLOCK_R + tl.arange(0, BLOCK_R)
         raw = load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
-        if other is not None:
-            seen = raw.to(tl.float32)
-            if SMOOTHED and minus is not None:
-                seen = tl.where((rows < count)[:, None], seen - vector[None, :], 0.0)
-            _store_dots(seen, other, dots, head, rows, padded, dot_factor, EACH, SHARED, BLOCK_D)
+        if other is not None and not SMOOTHED:
+            _store_dots(raw.to(tl.float32), means, dots, head, rows, padded, dot_factor, EACH)
         if ROTATION > 0:
             wide = raw.reshape(BLOCK_R * BLOCK_D // WIDTH, WIDTH)
             values = tl.dot(wide, matrix.to(raw.dtype)).reshape(BLOCK_R, BLOCK_D)
         else:
             values = raw.to(tl.float32)
         if minus is not None:
-            values = tl.where((rows < count)[:, None], values - taken, 0.0)
+            values = tl.where((rows < count)[:, None], values - taken[None, :], 0.0)
+        if other is not None and SMOOTHED:
+            _store_dots(values, means, dots, head, rows, padded, dot_factor, EACH)
         if ROTATION > 0:
             values *= ROTATION**-0.5
         values *= factor
@@ -331,11 +371,7 @@ def _int8_rows_kernel(
         tl.store(scales + head.to(tl.int64) * padded + rows, scale)
         values /= scale[:, None]
         if ALONG:
-            rounded = (values + _ROUND) - _ROUND
-            over = tl.sum((rounded - values) * values, 1)
-            over /= tl.maximum(tl.sum(values * values, 1), 1e-30)
-            # The longest row may not leave the range.
-            values = tl.clamp(values * (1.0 - over)[:, None], -127.0, 127.0)
+            values = _stretched(values)
         # The low byte of such a float's bits is the integer; converting it would take a slow unit.
         quantised = (values + _ROUND).to(tl.int32, bitcast=True)
         place = (head.to(tl.int64) * padded + rows)[:, None] * BLOCK_D + channels[None, :]

@@ -289,7 +289,7 @@ ROWS: tuple[Implementation, ...] = (
         name="sagewan.sageattn_3_hopper",
         mode="sageattn_3",
         call="sagewan.kernels.hopper_attention:sageattn_3",
-        qk="int8 per key",
+        qk="int8 per block",
         pv="16 bit",
         **_HOPPER,
     ),

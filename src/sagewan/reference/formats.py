@@ -33,17 +33,24 @@ def int8(x: Tensor, rows: int, *, along: bool = False) -> Scaled:
     """[..., N, D] → integers −127…127 with one float32 scale per ``rows`` rows.
 
     ``along``: each row is stretched by as much as its rounding, tried before, shortens it along
-    itself, so that its error has little of its own direction."""
+    itself, or half of that more or less, so that its error has little of its own direction."""
     count = x.shape[-2]
     blocks = F.pad(x.float(), (0, 0, 0, -count % rows)).unflatten(-2, (-1, rows))
     scale = _nonzero(blocks.abs().amax((-2, -1), keepdim=True) / INT8_MAX)
     scale = scale.expand(*blocks.shape[:-1], 1).flatten(-3, -2)[..., :count, :]
     values = x.float() / scale
     if along:
-        squares = (values * values).sum(-1, keepdim=True).clamp(min=1e-30)
-        over = ((values.round() - values) * values).sum(-1, keepdim=True) / squares
-        values = values * (1 - over)
+        values = _stretched(values)
     return Scaled(values.round().clamp(-INT8_MAX, INT8_MAX), scale)
+
+
+def _stretched(rows: Tensor) -> Tensor:
+    squares = (rows * rows).sum(-1, keepdim=True).clamp(min=1e-30)
+    over = ((rows.round() - rows) * rows).sum(-1, keepdim=True) / squares
+    tried = torch.stack([rows * (1 - share * over) for share in (1.0, 0.5, 1.5)])
+    errors = ((tried.round() - rows) * rows).sum(-1, keepdim=True).abs()
+    best = errors.argmin(0, keepdim=True).expand_as(tried[:1])
+    return tried.gather(0, best).squeeze(0)
 
 
 def e4m3(x: Tensor) -> Tensor:

@@ -206,7 +206,6 @@ ZH_SENTENCES: Mapping[str, str] = {
     "16 bit": "16 位",
     "int8 per block": "INT8（每块）",
     "int8 per token": "INT8（每词元）",
-    "int8 per key": "INT8（每个键）",
     "int8, fine scales": "INT8（细粒度）",
     "fp8 e4m3": "FP8 e4m3",
     "fp8 e4m3, two-level accumulation": "FP8 e4m3（两级累加）",

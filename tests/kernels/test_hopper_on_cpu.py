@@ -1,0 +1,82 @@
+"""What the Hopper kernel computes, by its own source on a CPU: everything but what is asynchronous
+on a GPU."""
+
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sagewan.reference import emulation
+from sagewan.reference.attention import attention, attention_with_lse, relative_error
+from tests.kernels.hopper_on_cpu import attend, prepare
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux"
+)
+ORDER = {
+    "sageattn": {"keys_per_scale": 64},
+    "sageattn_3": {"rows_per_scale": 64, "keys_per_scale": 64},
+    "sageattn_3_fp8": {"rows_per_scale": 64, "rounded_sums": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@cache
+def inputs(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """150 queries of two heads, 520 keys of one, in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, 128, generator=generator)
+
+    q, k, v = 1.5 * normal(2, 150) + normal(2, 1), normal(1, 520) + 3 * normal(1, 1), normal(1, 520)
+    if kind != "normal":
+        # Scores that rise, or fall, from key to key by 80 natural units in all.
+        direction = normal(1, 1).sign()
+        place = torch.linspace(0, 80, 520)[:, None]
+        q, k = direction + 0.1 * normal(2, 150), direction * place / 128**0.5 + 0.3 * normal(1, 520)
+        k = k.flip(2) if kind == "falling" else k
+    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+
+
+@pytest.mark.parametrize("kind", ["normal", "rising", "falling"])
+@pytest.mark.parametrize("mode", ["sageattn_3", "sageattn_3_fp8"])
+def test_it_is_the_emulation_of_its_formats(mode: str, kind: str, folder: Path) -> None:
+    q, k, v = inputs(kind)
+    out, lse = attend(prepare(mode, q, k, v), folder, return_lse=True)
+    expected, expected_lse = attention_with_lse(q, k, v)
+    same = getattr(emulation, mode)(q, k, v, block_m=64, block_n=128, **ORDER[mode])
+    # The output's rounding to bfloat16, twice; in FP8, P's under another maximum, too, because the
+    # kernel begins elsewhere.
+    assert relative_error(out, same) < (0.01 if mode == "sageattn_3_fp8" else 0.004)
+    assert relative_error(out, expected) < 1.1 * relative_error(same, expected)
+    assert relative_error(lse, expected_lse) < 2e-3
+
+
+def test_blocks_of_keys_are_left_out(folder: Path) -> None:
+    q, k, v = inputs("normal")
+    mask = torch.tensor([[[True, False, True, False, True], [False, True, True, False, False]]])
+    prepared = prepare("sageattn_3", q, k, v)
+    out = attend(prepared, folder, block_mask=mask.unsqueeze(0))
+    assert relative_error(out, attention(q, k, v, block_mask=mask.unsqueeze(0))) < 0.03
+    assert not attend(prepared, folder, block_mask=torch.zeros_like(mask).unsqueeze(0)).any()
+
+
+def forget_what_was_subtracted(text: str) -> str:
+    found = "sums[i] *= rescale[i / 2 % 2];"
+    assert found in text
+    return text.replace(found, "sums[i] *= 1.0f;")
+
+
+def test_a_planted_fault_is_seen(folder: Path) -> None:
+    q, k, v = inputs("rising")
+    out = attend(prepare("sageattn_3", q, k, v), folder, edit=forget_what_was_subtracted)
+    assert not relative_error(out, attention(q, k, v)) < 0.1

@@ -124,7 +124,7 @@ def timings() -> list[dict[str, Any]]:
 def few() -> list[dict[str, Any]]:
     """A few rows, whose time is that of reading the weight."""
     rows = []
-    for inputs, outputs in SHAPES:
+    for inputs, outputs in SHAPES[:2]:  # of one row by 13,824 columns cuBLAS has no FP8 product
         copies = [_layer(inputs, outputs) for _ in range(round(_COPIES_BYTES / inputs / outputs))]
         packed = {
             name: [pack(weight, WAYS[name][0]) for weight, _ in copies]

@@ -80,8 +80,12 @@ class Repeated:
     ) -> None:
         if kind is None:
             kind = tuple(x.dtype if isinstance(x, Tensor) else x for x in arguments.values())
+        addresses = 0
+        for x in arguments.values():
+            if isinstance(x, Tensor):
+                addresses |= x.data_ptr()
         # A program that reads 16 bytes at once was compiled for addresses that allow it.
-        aligned = not any(x.data_ptr() % 16 for x in arguments.values() if isinstance(x, Tensor))
+        aligned = addresses % 16 == 0
         key = kind, device
         compiled = self._compiled.get(key) if aligned else None
         if compiled is None or device.index != torch.cuda.current_device():

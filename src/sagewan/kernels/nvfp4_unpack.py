@@ -6,6 +6,8 @@ small formats are read by their bits, so that 8.0 and newer can do it; only the 
 wants 8.9.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -40,13 +42,18 @@ def unpack_e4m3(data: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def check(data: Tensor, scale: Tensor, shape: tuple[int, int]) -> None:
     """Raise ShapeError for a weight whose sides are no multiples of 16, or that is not whole."""
+    _check_shapes(shape, data.shape, scale.shape)
+
+
+@cache
+def _check_shapes(shape: tuple[int, int], data: torch.Size, scale: torch.Size) -> None:
     rows, columns = shape
     blocks = triton.cdiv(rows, 128) * 128, triton.cdiv(columns, 4 * GROUP) * 4
-    if rows % 16 or columns % 16 or data.shape != (rows, columns // 2) or scale.shape != blocks:
+    if rows % 16 or columns % 16 or data != (rows, columns // 2) or scale != blocks:
         raise ShapeError(
-            f"an FP4 weight {list(shape)} with data {list(data.shape)} and scales "
-            f"{list(scale.shape)}: its sides must be multiples of 16, the data [N, K/2] and the "
-            "scales padded to 128 rows and 4 blocks"
+            f"an FP4 weight {list(shape)} with data {list(data)} and scales {list(scale)}: its "
+            "sides must be multiples of 16, the data [N, K/2] and the scales padded to 128 rows "
+            "and 4 blocks"
         )
 
 

@@ -7,7 +7,6 @@ W, whose values meet the same eight of each row of x; no memory is shared before
 8.0 and newer; W's sides are multiples of 16.
 """
 
-from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -31,10 +30,10 @@ _E4M3_BITS = tl.constexpr(256.0)
 def thin_fp8(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [M, K] in 16 bit, M up to 16, data float8_e4m3fn [N, K], scale float32 [N, 1], bias [N] →
     [M, N] in x's dtype."""
-    if data.shape[0] % 16 or data.shape[1] % 16 or scale.numel() != data.shape[0]:
+    outputs, columns = data.shape
+    if outputs % 16 or columns % 16 or scale.shape != (outputs, 1):
         raise ShapeError(f"an FP8 weight {list(data.shape)}: give multiples of 16, a scale a row")
-    arguments = {"data": data.view(torch.uint8), "scale": scale, "tensor_scale": None}
-    return _run(x, arguments, bias, data.shape[0], fp4=False)
+    return _run(x, (data.view(torch.uint8), scale, None), bias, outputs, fp4=False)
 
 
 def thin_nvfp4(
@@ -48,27 +47,33 @@ def thin_nvfp4(
     """As :func:`thin_fp8` for an NVFP4 weight [N, K], as
     :func:`sagewan.kernels.nvfp4_unpack.unpack_16` takes it."""
     nvfp4_unpack.check(data, scale, shape)
-    arguments = {"data": data, "scale": scale.view(torch.uint8), "tensor_scale": tensor_scale}
-    return _run(x, arguments, bias, shape[0], fp4=True)
+    return _run(x, (data, scale.view(torch.uint8), tensor_scale), bias, shape[0], fp4=True)
 
 
 def _run(
-    x: Tensor, weight: Mapping[str, Tensor | None], bias: Tensor | None, outputs: int, *, fp4: bool
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    outputs: int,
+    *,
+    fp4: bool,
 ) -> Tensor:
     rows, columns = x.shape
     if rows > MAX_ROWS:
         raise ShapeError(f"{rows} rows: the kernel takes up to {MAX_ROWS}")
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    grid, constants = _form(rows, outputs, compute_capability(x.device) >= 89)
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    grid, constants = _form(rows, outputs, fp4, compute_capability(x.device) >= 89)
+    data, scale, tensor_scale = weight
     arguments = {
         "x": x.contiguous(),
-        **weight,
+        "data": data,
+        "scale": scale,
+        "tensor_scale": tensor_scale,
         "bias": bias,
         "out": out,
         "rows": rows,
         "outputs": outputs,
         "columns": columns,
-        "FP4": fp4,
         **constants,
     }
     kind = fp4, rows, outputs, columns, x.dtype, None if bias is None else bias.dtype
@@ -77,16 +82,20 @@ def _run(
 
 
 @cache
-def _form(rows: int, outputs: int, native: bool) -> tuple[tuple[int, int, int], dict[str, int]]:
+def _form(
+    rows: int, outputs: int, fp4: bool, native: bool
+) -> tuple[tuple[int, int, int], dict[str, int]]:
     """The grid and the kernel's constants: found once, for they take as long as a launch."""
     held = _held(rows)
+    grid = triton.cdiv(outputs, 128) * 128 // held, 1, 1
     constants = {
+        "FP4": fp4,
         "NATIVE": native,
         "M": triton.next_power_of_2(rows),
         "N": held,
         "K": _K,
     }
-    return (triton.cdiv(outputs, 128) * 128 // held, 1, 1), constants
+    return grid, constants
 
 
 def _held(rows: int) -> int:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +96,15 @@ class QuantLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         """The weight as a value, of the same tensors."""
+        # As attributes they would be looked for in three places, at each call of each layer.
+        held = self._buffers
         return Packed(
             format=self.format,
             shape=(self.out_features, self.in_features),
-            data=self.data,
-            scale=self.scale,
-            tensor_scale=self.tensor_scale,
-            pre_scale=self.pre_scale,
+            data=cast("Tensor", held["data"]),
+            scale=held["scale"],
+            tensor_scale=held["tensor_scale"],
+            pre_scale=held["pre_scale"],
             full_precision=self.full_precision,
         )
 

@@ -189,6 +189,7 @@ ZH_SENTENCES: Mapping[str, str] = {
     "choose a smaller model": "请选择更小的模型",
     "choose {}, or a smaller model": "请选择 {}，或更小的模型",
     "--dtype bfloat16 needs half": "--dtype bfloat16 只需一半",
+    "--quantization fp8_scaled needs half": "--quantization fp8_scaled 只需一半",
     "ram={}: it must be from 1 to {} (GiB)": "ram={}：必须在 1 到 {}（GiB）之间",
     "CUDA context and libraries": "CUDA 上下文和库",
     "LoRAs": "LoRA",

@@ -70,6 +70,31 @@ def test_blocks_of_keys_are_left_out(folder: Path) -> None:
     assert not attend(prepared, folder, block_mask=torch.zeros_like(mask).unsqueeze(0)).any()
 
 
+def compute_everything(text: str) -> str:
+    found = "if (patience || step % STEPS_OF_SUMS == 0)"
+    assert found in text
+    return text.replace(found, "if (false)")
+
+
+def leave_out_everything(text: str) -> str:
+    found = "counts = __any_sync("
+    assert found in text
+    return text.replace(found, "counts = step < 2 && __any_sync(")
+
+
+def test_where_p_is_zero_nothing_is_lost(folder: Path) -> None:
+    # With scores that fall, only the first steps count.
+    prepared = prepare("sageattn_3_fp8", *inputs("falling"))
+    out, whole, first = (
+        attend(prepared, folder, edit=edit)
+        for edit in (None, compute_everything, leave_out_everything)
+    )
+    assert torch.equal(out, whole)
+    # The second block of queries begins with the second block of keys, and reaches the first last.
+    assert torch.equal(first[:, :, :128], whole[:, :, :128])
+    assert not relative_error(first[:, :, 128:], whole[:, :, 128:]) < 0.5
+
+
 def forget_what_was_subtracted(text: str) -> str:
     found = "sums[i] *= rescale[i / 2 % 2];"
     assert found in text

@@ -68,6 +68,8 @@ def test_blocks_of_keys_are_left_out(folder: Path) -> None:
     out = attend(prepared, folder, block_mask=mask.unsqueeze(0))
     assert relative_error(out, attention(q, k, v, block_mask=mask.unsqueeze(0))) < 0.03
     assert not attend(prepared, folder, block_mask=torch.zeros_like(mask).unsqueeze(0)).any()
+    few = prepare("sageattn_3", q[:, :, :100], k[:, :, :100], v[:, :, :100])
+    assert not attend(few, folder, block_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool)).any()
 
 
 def compute_everything(text: str) -> str:

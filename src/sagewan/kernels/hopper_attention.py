@@ -275,7 +275,8 @@ def attend(
         k_scale=_pointer(k.scale),
         k_bias=_pointer(k.dots),
         v_scale=_pointer(columns.scale if columns else None),
-        blocks=_pointer(visits["blocks"]),
+        # Of fewer keys than a block's the list is empty, and has no address.
+        blocks=_pointer(visits["blocks"]) or _pointer(visits["block_counts"]),
         block_counts=_pointer(visits["block_counts"]),
         block_tails=_pointer(visits["block_tails"]),
         out=_pointer(out),

@@ -196,7 +196,11 @@ def _decoded(name: str, size: tuple[int, int], tile: tuple[int, int] | None) -> 
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
 
-    allocated, reserved = work()
+    try:
+        allocated, reserved = work()
+    except torch.OutOfMemoryError:
+        # Others have the rest of the GPU.
+        return {"model": name, "size": size, "tile": tile, "failed": "out of memory"}
     fits = True
     torch.cuda.set_per_process_memory_fraction(planned / total)
     try:

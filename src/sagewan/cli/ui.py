@@ -71,6 +71,9 @@ def _login(text: str | None) -> tuple[str, str] | None:
 def _share(port: int) -> None:
     import secrets
 
+    from sagewan.ui.quick_gradio import import_gradio
+
+    import_gradio()
     from gradio.networking import setup_tunnel
 
     try:

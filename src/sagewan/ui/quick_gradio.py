@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -28,6 +29,7 @@ _LATER = "pandas"
 # Seconds between two looks of gradio's at its queue: it looks a thousand times a second, which took
 # 4 % of a core for nothing.
 _REST = 0.01
+_ONCE = threading.Lock()
 
 
 class _WithoutStubs(importlib.abc.Loader):
@@ -62,15 +64,18 @@ def import_gradio() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Statistics of every event over all before, for a dashboard that is off; they take pandas.
     os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 62)
-    finder = _Finder()
-    sys.meta_path.insert(0, finder)
-    gc.disable()
-    try:
-        import gradio  # noqa: F401
-    finally:
-        gc.freeze()
-        gc.enable()
-        sys.meta_path.remove(finder)
+    with _ONCE:
+        if "gradio" in sys.modules:
+            return
+        finder = _Finder()
+        sys.meta_path.insert(0, finder)
+        gc.disable()
+        try:
+            import gradio  # noqa: F401
+        finally:
+            gc.freeze()
+            gc.enable()
+            sys.meta_path.remove(finder)
 
 
 @contextmanager

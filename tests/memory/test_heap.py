@@ -49,6 +49,7 @@ class Scattered:
 @linux
 def test_freed_pieces_go_back() -> None:
     scattered = Scattered()
+    give_back_heap()  # of the tests before
     before = anonymous()
     matrices = scattered.matrices()
     assert anonymous() - before > 0.9 * ALL
@@ -69,6 +70,7 @@ def test_a_part_that_is_freed_and_what_loading_one_took_go_back() -> None:
         return module
 
     part = Part("a", load)
+    give_back_heap()
     before = anonymous()
     with part.on("cpu"):
         assert 0.9 * ALL < anonymous() - before < 1.3 * ALL

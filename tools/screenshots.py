@@ -52,7 +52,7 @@ def take(page: Page, folder: Path) -> None:
     page.wait_for_timeout(800)
     page.click("#sw-go")
     page.wait_for_function(
-        "parseInt(document.querySelector('#sw-live .sw-count')?.textContent) > 6"
+        "parseInt(document.querySelector('#sw-live .sw-count')?.textContent) > 3"
     )
     shot("running")
     page.wait_for_selector("#sw-live video")

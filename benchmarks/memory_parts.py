@@ -170,7 +170,7 @@ def decode() -> dict[str, Any]:
 
 def _let_segments_grow(whether: bool) -> None:
     # There is no public way once CUDA is in use.
-    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{whether}")  # noqa: SLF001
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{whether}")  # type: ignore[attr-defined] # noqa: SLF001
 
 
 def _decoded(name: str, size: tuple[int, int], tile: tuple[int, int] | None) -> dict[str, Any]:

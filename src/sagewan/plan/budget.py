@@ -22,15 +22,13 @@ GIB = 2**30
 CONTEXT = 768 * MIB
 WORKSPACE = 320 * MIB
 # What the caching allocator can't use for its blocks' sizes, of all that a stage allocates beyond
-# its weights; for the VAE with cuDNN's workspaces: torch held 1.38 to 1.64 times the live tensors
-# of whole frames, and in tiles it ran out of 1.57 and 1.69 times theirs (H100).
+# its weights; for the VAE with cuDNN's workspaces: torch would hold up to 1.87 times the live
+# tensors of whole frames and 1.93 times those of tiles, and nine shapes went in these (H100).
 FRAGMENTATION = 0.06
 VAE_FRAGMENTATION = 0.65
 TILE_FRAGMENTATION = 0.9
-# Python, torch, its libraries and the models' code, on the host: 0.7 GiB while the text is encoded,
-# without a tokenizer, then 1.2 to 1.4 (H100).
-PROCESS_AT_FIRST = 1024 * MIB
-PROCESS = 1344 * MIB
+# Python, torch, its libraries and the models' code, on the host: 1.2 to 1.5 GiB (H100).
+PROCESS = 1408 * MIB
 # Weights go to a GPU through two pinned buffers of this size, which torch keeps for the next.
 UPLOAD = 32 * MIB
 UPLOADS = 2
@@ -317,7 +315,7 @@ def decode_bytes(
 
 def with_overhead(stage: Stage, *, on_device: bool) -> Stage:
     """The stage with what every one has: the process, and on a GPU its context."""
-    host = Item("process", 0, PROCESS_AT_FIRST if stage.name == "text" else PROCESS)
+    host = Item("process", 0, PROCESS)
     if not on_device:
         return replace(stage, items=(*stage.items, host))
     moving = sum(item.device for item in stage.items if item.name == "activations")

@@ -22,9 +22,8 @@ KERNEL_ERROR = {
     "sageattn_3": 1e-3,
     "sageattn_3_fp8": 3e-3,
     "sageattn_3_fp4": 1e-3,
-    # Its product adds up to four steps in 14 bits, and begins elsewhere: P is rounded under another
-    # maximum.
-    "sageattn_3_fp8_hopper": 1e-2,
+    # Its product adds up to four steps in 14 bits.
+    "sageattn_3_fp8_hopper": 6e-3,
 }
 
 
@@ -102,7 +101,8 @@ def test_kernel_is_its_emulation(
     elif name == "sageattn_3_hopper":
         blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "keys_per_scale": 64}
     elif name == "sageattn_3_fp8_hopper":
-        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "rounded_sums": True}
+        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64}
+        blocks |= {"rounded_sums": True, "own_place": True}
     # The emulation rounds its output too: compared before that, in float32.
     wide = (x.float() for x in (q, k, v))
     same = getattr(emulation, mode)(*wide, **blocks) if dtype == torch.float16 else None

@@ -49,19 +49,29 @@ class _Prepared:
 @dataclass(frozen=True)
 class _Walk:
     """How queries and keys are walked through: by so many rows and keys, and past the blocks that
-    the mask leaves out; ``allowed`` [B or 1, H or 1, rows, ⌈M/128⌉] is the mask of some rows."""
+    the mask leaves out; ``allowed`` [B or 1, H or 1, rows, ⌈M/128⌉] is the mask of some rows. With
+    ``own_place``, from the keys at the place of each ``BLOCK`` queries on, ``first``."""
 
     block_m: int
     block_n: int
     block_mask: Tensor | None = None
     allowed: Tensor | None = None
+    own_place: bool = False
+    first: int = 0
 
     def of_rows(self, start: int, count: int) -> "_Walk":
         """The walk for the rows of queries from ``start``."""
+        walk = replace(self, first=start // BLOCK * BLOCK) if self.own_place else self
         if self.block_mask is None:
-            return self
+            return walk
         allowed = self.block_mask.repeat_interleave(BLOCK, 2)[:, :, start:count]
-        return replace(self, allowed=allowed)
+        return replace(walk, allowed=allowed)
+
+    def starts(self, keys: int) -> list[int]:
+        """Where the blocks of keys begin, in their order."""
+        starts = list(range(0, keys, self.block_n))
+        first = self.first // self.block_n if self.first < keys else 0
+        return starts[first:] + starts[:first]
 
     def masked(self, scores: Tensor, start: int) -> Tensor:
         """Scores [B, H, rows, N] of the keys from ``start``, minus infinity where left out."""
@@ -129,16 +139,18 @@ def sageattn_3_fp8(
     block_n: int = 64,
     rows_per_scale: int = 1,
     rounded_sums: bool = False,
+    own_place: bool = False,
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Result:
     """Q·Kᵀ as :func:`sageattn_3`, but for ``rows_per_scale`` tokens to a scale; P·V in e4m3, P
-    times 448 and V scaled per channel. ``rounded_sums`` divides by the sums of P as rounded."""
+    times 448 and V scaled per channel. ``rounded_sums`` divides by the sums of P as rounded;
+    ``own_place`` begins with the keys at the place of each 128 queries."""
     scaled = _scale(q, scale)
     values = formats.e4m3_per_channel(v).value()
     operands = _fine_int8(scaled, k, values, block_m, (rows_per_scale, rows_per_scale))
     sums = _p_e4m3 if rounded_sums else None
-    walk = _Walk(block_m, block_n, block_mask)
+    walk = _Walk(block_m, block_n, block_mask, own_place=own_place)
     result = _online_softmax(operands, _p_e4m3, walk, round_sum=sums)
     return _finish(q, k, scaled, result, return_lse)
 
@@ -241,6 +253,7 @@ def _online_softmax(
     batch, heads, count, _ = operands.q.shape
     block_m = walk.block_m
     rows = max(1, _SCORES // (batch * heads * walk.block_n * block_m)) * block_m
+    rows = BLOCK if walk.own_place else rows
     outputs, sums = [], []
     for start in range(0, count, rows):
         means = operands.q_means
@@ -264,7 +277,7 @@ def _rows_of_output(
     highest = q.new_full((*q.shape[:-1], 1), -math.inf)
     total = torch.zeros_like(highest)
     output = torch.zeros_like(q)
-    for start in range(0, operands.k.shape[-2], walk.block_n):
+    for start in walk.starts(operands.k.shape[-2]):
         keys = slice(start, start + walk.block_n)
         scores = _product(q, operands.k[..., keys, :].mT)
         if means is not None:

@@ -193,3 +193,22 @@ def test_a_lora_adds_the_same_beside_every_format(format_: str) -> None:
     Adapters(model).put([lora])
     a, b = pairs(model)["blocks.1.ffn.net.0.proj"]
     assert torch.allclose(target(x) - before, x @ a.T @ b.T, atol=1e-4)
+
+
+def test_scales_are_read_where_16_bytes_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLASLt refuses others, and a chunk of tokens may begin anywhere."""
+    given: list[torch.Tensor] = []
+
+    def product(x: torch.Tensor, weight: torch.Tensor, **scales: Any) -> torch.Tensor:
+        given.append(scales["scale_a"])
+        return torch.empty(len(x), weight.shape[1])
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    rows = Fp8Rows.empty(1, 12, 32, device=torch.device("cpu"))
+    rows.scale.copy_(torch.arange(12.0).view(1, 12, 1))
+    weight = torch.empty(16, 32, dtype=torch.float8_e4m3fn)
+    for start in (0, 4, 7):
+        x = rows.tokens(start, start + 3)
+        matmul.product_of_rows(Fp8Rows(x.data[0], x.scale[0]), weight, torch.ones(16, 1), None)
+        assert given[-1].data_ptr() % 16 == 0
+        assert given[-1].flatten().tolist() == [start, start + 1, start + 2]

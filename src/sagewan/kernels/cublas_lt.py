@@ -72,9 +72,7 @@ def add_product(
     if any(t.dim() != 2 or not t.is_contiguous() for t in tensors) or n % _SIDE or k % _SIDE:
         shapes = ", ".join(str(list(t.shape)) for t in tensors)
         raise ShapeError(f"{shapes}: give contiguous matrices of sides that are multiples of 16")
-    scales = x.scale.flatten()
-    # A run of tokens may begin anywhere.
-    scales = scales if scales.data_ptr() % 16 == 0 else scales.clone()
+    scales = x.aligned_scale.flatten()
     alignment = math.gcd(256, *(t.data_ptr() for t in tensors))
     with torch.cuda.device(into.device):
         product = _product(into.device.index, _Shape(m, n, k, bias is not None, alignment))

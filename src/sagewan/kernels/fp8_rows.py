@@ -33,3 +33,9 @@ class Fp8Rows:
     def tokens(self, start: int, stop: int) -> "Fp8Rows":
         """Of rows [B, N, K], the tokens from start to stop: a view."""
         return Fp8Rows(self.data[:, start:stop], self.scale[:, start:stop])
+
+    @property
+    def aligned_scale(self) -> Tensor:
+        """The scale where cuBLASLt can read it, at a multiple of 16 bytes: a run of tokens may
+        begin anywhere."""
+        return self.scale if self.scale.data_ptr() % 16 == 0 else self.scale.clone()

@@ -99,7 +99,7 @@ def product_of_rows(
     out: Tensor = torch._scaled_mm(  # noqa: SLF001 torch.nn.functional.scaled_mm lacks a fast mode
         x.data,
         weight.t(),
-        scale_a=x.scale,
+        scale_a=x.aligned_scale,
         scale_b=weight_scale.t(),
         bias=None if bias is None else bias.to(torch.bfloat16),
         out_dtype=torch.bfloat16,

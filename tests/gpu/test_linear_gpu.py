@@ -48,7 +48,7 @@ def test_every_row_that_runs_here_passes_its_self_test(row: LinearRow, dtype: st
     assert test.passed, test
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 333, 4096])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 333, 4096])
 @pytest.mark.parametrize(
     ("format_", "function", "most"),
     [
@@ -64,7 +64,7 @@ def test_every_row_that_runs_here_passes_its_self_test(row: LinearRow, dtype: st
 def test_products_are_those_of_the_stored_weight(
     tokens: int, format_: str, function: Any, most: float
 ) -> None:
-    if function is matmul.thin and tokens > 16:
+    if function is matmul.thin and tokens > 4:
         pytest.skip("for a few rows")
     if format_ == "float8_e4m3fn" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no FP8 here")
@@ -89,7 +89,7 @@ def test_fp4_is_unpacked_as_comfy_kitchen_does() -> None:
 
 
 @pytest.mark.parametrize("format_", ["float8_e4m3fn", "nvfp4"])
-@pytest.mark.parametrize("count", [1, 5, 16])
+@pytest.mark.parametrize("count", [1, 3, 4])
 def test_few_rows_from_any_place_in_memory(format_: str, count: int) -> None:
     weight, bias = random(1536, 8960) / 90, random(1536)
     packed = pack(weight, format_)

@@ -62,7 +62,7 @@ def test_fp4_weights_are_unpacked_to_the_bit(rows: int, columns: int) -> None:
 
 @pytest.mark.parametrize(
     ("count", "outputs", "columns", "native"),
-    [(1, 144, 272, False), (2, 16, 1040, True), (5, 48, 272, True)],
+    [(1, 144, 272, False), (2, 16, 1040, True), (3, 48, 272, True)],
 )
 def test_few_rows(
     count: int, outputs: int, columns: int, native: bool, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +87,7 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
     _, data, scale, tensor_scale = nvfp4(48, 272)
     with pytest.raises(ShapeError, match="multiples of 16"):
         nvfp4_unpack.unpack_16(data, scale, tensor_scale, (40, 272), torch.float16)
-    with pytest.raises(ShapeError, match="17 rows"):
-        thin_linear.thin_nvfp4(random(17, 272).half(), data, scale, tensor_scale, (48, 272), None)
+    with pytest.raises(ShapeError, match="5 rows"):
+        thin_linear.thin_nvfp4(random(5, 272).half(), data, scale, tensor_scale, (48, 272), None)
     with pytest.raises(ShapeError, match="columns"):
         fp8_linear.quantize_rows(torch.empty(1, 70000))

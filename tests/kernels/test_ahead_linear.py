@@ -88,10 +88,10 @@ LAUNCHERS: dict[str, tuple[str, Callable[[], Any]]] = {
         "sagewan.thin",
         lambda: thin_linear.thin_nvfp4(X[:2], DATA, SCALE, ONE, SHAPE, None),
     ),
-    "thin_fp8_most": ("sagewan.thin", lambda: thin_linear.thin_fp8(X[:16], FP8, ROWS, BIAS)),
+    "thin_fp8_most": ("sagewan.thin", lambda: thin_linear.thin_fp8(X[:4], FP8, ROWS, BIAS)),
     "thin_fp4_most": (
         "sagewan.thin",
-        lambda: thin_linear.thin_nvfp4(X[:16], DATA, SCALE, ONE, SHAPE, None),
+        lambda: thin_linear.thin_nvfp4(X[:4], DATA, SCALE, ONE, SHAPE, None),
     ),
 }
 SMS = {row.name: row.sms for row in LINEAR_ROWS} | {"sagewan.hopper": (90,)}

@@ -19,16 +19,19 @@ from sagewan.kernels import nvfp4_unpack
 from sagewan.kernels.launch import Repeated, Schedule, compute_capability
 from sagewan.kernels.nvfp4_unpack import E2M1_BITS, block_scale, e2m1_columns, row_of
 
-MAX_ROWS = 16
+# With more, the additions take longer than reading the weight: slower than 16 bit.
+MAX_ROWS = 4
 # Columns a step: eight a thread, 16 bytes of x.
 _K = 1024
 _WARPS = _K // 256
+# Rows of W in a block of threads.
+_N = 4
 # What e4m3's values are multiplied by when their bits are read as float16's.
 _E4M3_BITS = tl.constexpr(256.0)
 
 
 def thin_fp8(x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] in 16 bit, M up to 16, data float8_e4m3fn [N, K], scale float32 [N, 1], bias [N] →
+    """x [M, K] in 16 bit, M up to 4, data float8_e4m3fn [N, K], scale float32 [N, 1], bias [N] →
     [M, N] in x's dtype."""
     outputs, columns = data.shape
     if outputs % 16 or columns % 16 or scale.shape != (outputs, 1):
@@ -86,22 +89,15 @@ def _form(
     rows: int, outputs: int, fp4: bool, native: bool
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
     """The grid and the kernel's constants: found once, for they take as long as a launch."""
-    held = _held(rows)
-    grid = triton.cdiv(outputs, 128) * 128 // held, 1, 1
+    grid = triton.cdiv(outputs, 128) * 128 // _N, 1, 1
     constants = {
         "FP4": fp4,
         "NATIVE": native,
         "M": triton.next_power_of_2(rows),
-        "N": held,
+        "N": _N,
         "K": _K,
     }
     return grid, constants
-
-
-def _held(rows: int) -> int:
-    """Rows of W in a block of threads: the more, the more products a loaded value of x serves; but
-    each row of x wants a sum for each of them."""
-    return 8 if rows <= 4 else 4
 
 
 @triton.jit
@@ -157,7 +153,7 @@ def _thin_linear_kernel(
     if not NATIVE:
         factor *= _E4M3_BITS
     for m in tl.static_range(M):
-        total = _sums(totals, m * N, N, K) * factor
+        total = _sums(totals, m * N, K) * factor
         if bias is not None:
             total += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)
         places = out + m * outputs + output
@@ -165,19 +161,11 @@ def _thin_linear_kernel(
 
 
 @triton.jit
-def _sums(totals, first, N: tl.constexpr, K: tl.constexpr):
-    """N of the totals [K/8], each added up, in their order → [N]."""
-    even = _four(totals[first], totals[first + N // 4], totals[first + N // 2],
-                 totals[first + N // 4 * 3])  # fmt: skip
-    if N == 8:
-        odd = _four(totals[first + 1], totals[first + 3], totals[first + 5], totals[first + 7])
-        even = tl.join(even, odd)
-    return tl.sum(even.reshape(K // 8, N), 0)
-
-
-@triton.jit
-def _four(zero, one, two, three):
-    return tl.join(tl.join(zero, two), tl.join(one, three))
+def _sums(totals, first, K: tl.constexpr):
+    """Four of the totals [K/8], each added up, in their order → [4]."""
+    even = tl.join(totals[first], totals[first + 2])
+    odd = tl.join(totals[first + 1], totals[first + 3])
+    return tl.sum(tl.join(even, odd).reshape(K // 8, 4), 0)
 
 
 @triton.jit

@@ -24,8 +24,8 @@ FORMATS = (E4M3, E5M2, INT8, NVFP4, MXFP8, GGUF)
 
 # Sides of the matrices that FP8's and FP4's products take, of torch's and of our kernels.
 _SIDE = 16
-# Activations of one row a token fill the thin kernel's tile up to here.
-THIN_ROWS = 16
+# Up to here reading the weight takes the time, and the smaller weight wins (docs/measured.md).
+THIN_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,6 +164,17 @@ def test_memory_that_runs_out_in_the_fp8_path_is_raised() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+@pytest.mark.parametrize("first", [1, 24, 47])
+def test_tokens_of_a_longer_sequence_are_multiplied(first: int) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 here")
+    packed, rows = pack(random(384, 384), "float8_e4m3fn"), quantize_rows(random(70, 384))
+    part = Fp8Rows(rows.data[first:], rows.scale[first:])
+    expected = matmul.fp8_rows(rows, packed, None)[first:].float()
+    found = matmul.fp8_rows(part, packed, None).float()
+    assert float((found - expected).norm() / expected.norm()) < 0.005
+
+
 @pytest.mark.parametrize(
     ("format_", "plain", "adding"),
     [

@@ -87,31 +87,6 @@ __device__ __forceinline__ void load_values(uint4 (&raw)[2][4], const char *cons
     }
 }
 
-#if STAGES
-extern __shared__ __align__(128) uint4 ahead[];
-
-// This thread's values of one head on their way to its own places in shared memory; zeros for rows
-// that there are not.
-__device__ __forceinline__ void copy_values(int stage, const char *const (&rows)[2],
-                                            const bool (&inside)[2], i64 offset) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const uint4 *place = ahead + (stage * 8 + r * 4 + k) * 32 * WARPS + threadIdx.x;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                             static_cast<u32>(__cvta_generic_to_shared(place))),
-                         "l"(rows[r] + offset + 64 * k), "r"(inside[r] ? 16 : 0)
-                         : "memory");
-        }
-    }
-}
-__device__ __forceinline__ void end_copy() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_copy() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
-}
-#endif
-
 template <int BIT> __device__ __forceinline__ void within(float (&v)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; ++i)
@@ -172,21 +147,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     // Of the Hadamard matrix of 16 the rows 2q and 2q + 1, whose upper half is the same, column g.
     bool odd = __popc(2 * q & g) & 1, odd_next = __popc((2 * q + 1) & g) & 1;
     u32 plus = rounded(odd ? -1.0f : 1.0f, odd_next ? -1.0f : 1.0f), minus = plus ^ 0x80008000u;
-#if STAGES
-#pragma unroll
-    for (int i = 0; i < STAGES; ++i) {
-        if (first + i < last) copy_values(i, rows, inside, 2 * ((first + i) * a.x_h));
-        end_copy();
-    }
-    int stage = 0;
-#else
     uint4 raw[2][4];
     load_values(raw, rows, inside, 2 * (first * a.x_h));
-#endif
     for (int head = first; head < last; ++head) {
-#if STAGES
-        wait_copy();
-#endif
         i64 place = i64(batch) * a.heads + head;
         float v[2][32], dot[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -197,12 +160,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
             if (a.other) load_eight(other, a.other + place * CHANNELS, k, q);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-#if STAGES
-                uint4 four = ahead[(stage * 8 + r * 4 + k) * 32 * WARPS + threadIdx.x];
-                u32 words[4] = {four.x, four.y, four.z, four.w};
-#else
                 u32 words[4] = {raw[r][k].x, raw[r][k].y, raw[r][k].z, raw[r][k].w};
-#endif
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     int i = 4 * k + j;
@@ -220,13 +178,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                 }
             }
         }
-#if STAGES
-        if (head + STAGES < last) copy_values(stage, rows, inside, 2 * ((head + STAGES) * a.x_h));
-        end_copy();
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-#else
         if (head + 1 < last) load_values(raw, rows, inside, 2 * ((head + 1) * a.x_h));
-#endif
         if (!whole) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {

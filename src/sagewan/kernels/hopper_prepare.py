@@ -30,8 +30,6 @@ SOURCE = "hopper_prepare.cu"
 _THREADS = 128
 # Of threads, to a multiprocessor: 168 registers for each.
 _BLOCKS = 3
-# Heads that are read ahead into shared memory; 0 is one, into registers.
-_STAGES = 0
 # How often the card is to be filled with blocks at least: in fewer, of more heads, the table of
 # positions is read less often, but the last ones leave more of the card idle.
 _FILLS = 2.5
@@ -65,7 +63,7 @@ class _Arguments(ctypes.Structure):
 
 def defines(dtype: torch.dtype) -> dict[str, int]:
     """What the kernel's source is compiled with."""
-    return {"HALF": int(dtype == torch.float16), "BLOCKS": _BLOCKS, "STAGES": _STAGES}
+    return {"HALF": int(dtype == torch.float16), "BLOCKS": _BLOCKS}
 
 
 @cache
@@ -81,8 +79,7 @@ def _signs(device: torch.device) -> Tensor:
 @cache
 def _kernel(device: int, dtype: torch.dtype) -> Kernel:
     with torch.cuda.device(device):
-        shared_bytes = _STAGES * ROWS_PER_SCALE * CHANNELS * dtype.itemsize
-        return Kernel(SOURCE, "prepare", "sm_90a", defines(dtype), shared_bytes=shared_bytes)
+        return Kernel(SOURCE, "prepare", "sm_90a", defines(dtype), shared_bytes=0)
 
 
 def prepare_projections(

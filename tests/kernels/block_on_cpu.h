@@ -133,7 +133,16 @@ static void copy_tile(void *to, const TensorMap &map, int x, int y, int z, int w
 
 // ---- Formats ------------------------------------------------------------------------------------
 
-static float of_half(unsigned short x) { return (float)bits<_Float16>(x); }
+static float of_half(unsigned short x) {
+    int exponent = x >> 10 & 31, fraction = x & 1023;
+    float value = exponent ? ldexpf(1024 + fraction, exponent - 25) : ldexpf(fraction, -24);
+    return x >> 15 ? -value : value;
+}
+static u32 half(float x) {  // of no number that it can't hold
+    int exponent = max(x == 0 ? -14 : ilogbf(x), -14);
+    u32 size = (exponent + 14 << 10) + (u32)nearbyintf(ldexpf(fabsf(x), 10 - exponent));
+    return (x < 0 ? 0x8000 : 0) | size;
+}
 static float of_bfloat(unsigned short x) { return bits<float>((unsigned)x << 16); }
 static float of_e4m3(unsigned char x) {
     int exponent = x >> 3 & 15, fraction = x & 7;
@@ -152,12 +161,14 @@ static unsigned short two_e4m3(float a, float b) { return e4m3(a) | e4m3(b) << 8
 static u32 four_e4m3(float a, float b, float c, float d) {
     return e4m3(a) | e4m3(b) << 8 | e4m3(c) << 16 | e4m3(d) << 24;
 }
-static u32 sixteen(float x, bool half) {
-    if (half) return bits<unsigned short>((_Float16)x);
+static u32 sixteen(float x, bool as_half) {
+    if (as_half) return half(x);
     u32 exact = bits<u32>(x);
     return (exact + 0x7fff + (exact >> 16 & 1)) >> 16;
 }
-static u32 two_of(float a, float b, bool half) { return sixteen(a, half) | sixteen(b, half) << 16; }
+static u32 two_of(float a, float b, bool as_half) {
+    return sixteen(a, as_half) | sixteen(b, as_half) << 16;
+}
 
 // ---- Products, by what each thread holds of their operands --------------------------------------
 

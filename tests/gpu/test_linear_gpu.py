@@ -208,17 +208,6 @@ def test_a_product_added_is_the_product_and_the_sum(
         assert float(change) < 0.01
 
 
-@pytest.mark.parametrize("start", [1, 2, 3, 47])
-def test_rows_may_begin_anywhere(start: int) -> None:
-    if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("multiplies no FP8")
-    packed = pack(random(384, 384), "float8_e4m3fn")
-    rows = quantize_rows(random(70, 384))
-    whole = matmul.fp8_rows(rows, packed, None)
-    part = matmul.fp8_rows(Fp8Rows(rows.data[start:], rows.scale[start:]), packed, None)
-    assert torch.equal(part, whole[start:])
-
-
 @pytest.mark.parametrize("quantization", ["fp8_scaled", "fp4_scaled"])
 def test_a_run_multiplies_as_planned(quantization: str, tmp_path: Path) -> None:
     request = Request(

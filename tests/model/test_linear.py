@@ -55,16 +55,6 @@ def test_it_is_the_product_with_what_is_stored(format_: str, dtype: torch.dtype)
     )
 
 
-def test_scales_of_tokens_begin_where_products_take_them() -> None:
-    rows = Fp8Rows.empty(1, 70, 48, device=torch.device("cpu"))
-    rows.scale.copy_(torch.arange(70.0).view(1, 70, 1))
-    for start in (0, 24, 47):
-        part = rows.tokens(start, start + 23)
-        assert part.aligned_scale.data_ptr() % 16 == 0
-        assert part.aligned_scale.flatten().equal(part.scale.flatten())
-    assert rows.tokens(24, 47).aligned_scale.data_ptr() == rows.scale[:, 24:].data_ptr()
-
-
 @pytest.mark.parametrize(("shared", "whole"), [(True, True), (True, False), (False, True)])
 def test_what_is_added_to_a_batch_is_added_at_once_where_it_can_be(
     shared: bool, whole: bool

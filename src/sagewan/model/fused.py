@@ -101,12 +101,23 @@ class FusedBlock:
         block, cross, ffn = self.block, self.block.attn2, self.block.ffn.net
         if isinstance(attended, Tensor):
             attended = attended.flatten(2).to(chunk.hidden.dtype)
-        y = self._added(chunk, block.attn1.to_out[0], attended, 2)
-        x = self._normed(chunk, block.norm2, None, (cross.to_q,), y)
+        # What waits to be added is named by nobody, and so gone once it is.
+        x = self._normed(
+            chunk,
+            block.norm2,
+            None,
+            (cross.to_q,),
+            self._added(chunk, block.attn1.to_out[0], attended, 2),
+        )
         q = heads_of(_product(cross.to_q, x), cross)
         self._rotate(q, q, cross.norm_q, None)
-        y = self._added(chunk, cross.to_out[0], attend_to(q, known), None)
-        x = self._normed(chunk, block.norm3, (3, 4), (ffn[0].proj,), y)
+        x = self._normed(
+            chunk,
+            block.norm3,
+            (3, 4),
+            (ffn[0].proj,),
+            self._added(chunk, cross.to_out[0], attend_to(q, known), None),
+        )
         inner = _product(ffn[0].proj, x)
         del x, q
         if _takes_fp8(ffn[2]):

@@ -60,6 +60,8 @@ def once(browser: Any) -> tuple[float, ...]:
         url = next(word for word in process.stdout.readline().split() if word.startswith("http"))
         answers = time.perf_counter() - began
         page.goto(url, wait_until="commit")
+        # Playwright's own waiting before it fills looks only each half second.
+        page.wait_for_selector("#field-prompt textarea")
         page.fill("#field-prompt textarea", "a red ball")
         typed = time.perf_counter() - began
         page.wait_for_selector("#sw-brief .sw-chip")

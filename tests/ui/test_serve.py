@@ -1,6 +1,7 @@
 """Ports, passwords, and a worker that is started again."""
 
 import ast
+import asyncio
 import socket
 import subprocess
 import sys
@@ -42,6 +43,25 @@ def test_of_two_that_start_at_once_each_gets_a_port_of_its_own(taken: int) -> No
             listen("127.0.0.1", port)
         with listen("127.0.0.1", None, first=taken) as second:
             assert second.getsockname()[1] > port
+
+
+def test_small_answers_are_sent_at_once() -> None:
+    async def undelayed() -> int:
+        accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        with listen("127.0.0.1", None) as listener:
+            server = await asyncio.start_server(lambda _, w: accepted.put_nowait(w), sock=listener)
+            _, visitor = await asyncio.open_connection(*listener.getsockname())
+            answering = await accepted.get()
+            told = answering.get_extra_info("socket").getsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY
+            )
+            for one in (visitor, answering):
+                one.close()
+                await one.wait_closed()
+            server.close()
+            return int(told)
+
+    assert asyncio.run(undelayed())
 
 
 def test_the_address_is_one_that_a_browser_opens() -> None:

@@ -52,7 +52,10 @@ def listen(host: str, port: int | None, *, first: int = 7860) -> socket.socket:
     """Take this port, or the first free one from 7860 on; whoever comes from now on waits until
     it is served. RequestError if it is taken."""
     for candidate in [port] if port is not None else range(first, first + _TRIES):
-        taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # Named as TCP, so that asyncio sends small answers at once: else each waits 40 ms for the
+        # receipt of its own headers.
+        taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             if sys.platform != "win32":
                 taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

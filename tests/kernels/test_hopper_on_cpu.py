@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sagewan.kernels.hopper_attention import output_scale
 from sagewan.reference import emulation
 from sagewan.reference.attention import attention, attention_with_lse, relative_error
 from tests.kernels.hopper_on_cpu import attend, prepare
@@ -58,6 +59,16 @@ def test_it_is_the_emulation_of_its_formats(mode: str, kind: str, folder: Path) 
     assert relative_error(out, same) < 0.004
     assert relative_error(out, expected) < 1.1 * relative_error(same, expected)
     assert relative_error(lse, expected_lse) < 2e-3
+
+
+def test_its_output_in_fp8_is_the_one_in_16_bit_rounded(folder: Path) -> None:
+    prepared = prepare("sageattn_3_fp8", *inputs("normal"))
+    exact = attend(prepared, folder).float()
+    rows = torch.empty(1, 150, 2 * 128).to(torch.float8_e4m3fn)
+    narrow = rows.view(1, 150, 2, 128).transpose(1, 2)
+    attend(prepared, folder, out=narrow)
+    found = narrow.float() * output_scale(prepared)
+    assert 0.01 < relative_error(found, exact) < 0.03
 
 
 def test_blocks_of_keys_are_left_out(folder: Path) -> None:

@@ -17,7 +17,14 @@ from triton.runtime import interpreter
 
 from benchmarks.prove import prove
 from sagewan.errors import ShapeError
-from sagewan.kernels import fp4_attention, fp8_attention, int8_attention, prepare, prepare_fp4
+from sagewan.kernels import (
+    fp4_attention,
+    fp8_attention,
+    int8_attention,
+    prepare,
+    prepare_fp4,
+    sequence,
+)
 from sagewan.plan.catalogue import row_named
 from sagewan.reference import emulation, formats
 from sagewan.reference.attention import attention_with_lse, relative_error
@@ -158,7 +165,7 @@ def test_fine_rows_hold_the_scores() -> None:
 
 def test_padding_is_zero_and_scales_are_per_token() -> None:
     _, k, _ = sample(1, 70, heads=1, key_heads=1)
-    rows = prepare.int8_rows(k, prepare.Recipe(rows_per_scale=1), minus=prepare.mean(k))
+    rows = prepare.int8_rows(k, prepare.Recipe(per_token=True), minus=sequence.mean(k))
     assert rows.data.shape == (1, 1, 128, 128)
     assert not rows.data[:, :, 70:].any()
     assert (rows.data[:, :, :70].abs().amax(-1) == 127).all()
@@ -167,7 +174,7 @@ def test_padding_is_zero_and_scales_are_per_token() -> None:
 def test_keys_are_rounded_along_themselves_as_in_the_reference() -> None:
     _, k, _ = sample(1, 200, heads=1, key_heads=1)
     k[:, :, 70:] *= torch.linspace(0.1, 2, 130)[:, None]
-    keys = prepare.int8_rows(k, prepare.Recipe(rotate=True, along=True), minus=prepare.mean(k))
+    keys = prepare.int8_rows(k, prepare.Recipe(rotate=True, along=True), minus=sequence.mean(k))
     centred = formats.rotate(k.float() - k.float().mean(2, keepdim=True))
     expected = formats.int8(centred, 64, along=True)
     # One row in some has two stretches as good, where sums are taken in another order.
@@ -182,7 +189,7 @@ def test_keys_are_rounded_along_themselves_as_in_the_reference() -> None:
 @pytest.mark.parametrize("size", [32, 72, 128, 256])
 def test_rotation_is_the_emulations(size: int) -> None:
     _, k, _ = sample(1, 50, heads=1, key_heads=1, size=size)
-    rows = prepare.int8_rows(k, prepare.Recipe(rows_per_scale=1, rotate=True))
+    rows = prepare.int8_rows(k, prepare.Recipe(per_token=True, rotate=True))
     values = rows.data[:, :, :50, :size] * rows.scale[:, :, :50, None]
     step = rows.scale[:, :, :50, None].expand_as(values)
     assert ((values - formats.rotate(k)).abs() <= 0.501 * step).all()
@@ -264,9 +271,9 @@ def test_the_mean_of_k_may_come_from_several_parts(mode: str) -> None:
     q, k, v = sample(40, 256, heads=1, key_heads=1)
     prepare_mode, attend = HALVES[mode]
     parts = [(k[:, :, half], v[:, :, half]) for half in (slice(0, 128), slice(128, 256))]
-    sums, counts = zip(*(prepare.sum_and_count(part) for part, _ in parts), strict=True)
+    sums, counts = zip(*(sequence.sum_and_count(part) for part, _ in parts), strict=True)
     k_mean = sum(sums) / sum(counts)
-    torch.testing.assert_close(k_mean, prepare.mean(k))
+    torch.testing.assert_close(k_mean, sequence.mean(k))
     halves = [
         attend(prepare_mode(q, key, value, k_mean=k_mean, with_lse=True), return_lse=True)
         for key, value in parts
@@ -335,7 +342,7 @@ def test_nvfp4_is_the_formats_bit_for_bit() -> None:
     """Quantised and unpacked again at every scale: values, ties and subnormals are the same."""
     _, k, _ = sample(1, 200, heads=1, key_heads=1)
     k = k * torch.logspace(-9, 2, 200, base=2.0).half()[:, None]
-    rows = prepare_fp4.fp4_keys(k, prepare.mean(torch.zeros_like(k)))
+    rows = prepare_fp4.fp4_keys(k, sequence.mean(torch.zeros_like(k)))
     low, high = rows.data & 15, rows.data >> 4
     codes = torch.stack((low, high), -1).flatten(-2).long()
     sizes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])

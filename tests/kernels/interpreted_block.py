@@ -14,7 +14,7 @@ from sagewan.attention.launch import Launcher
 from sagewan.checkpoint.packed import Packed
 from sagewan.checkpoint.quantize import pack
 from sagewan.errors import ShapeError
-from sagewan.kernels import fp8_linear, hopper_prepare, prepare, token_rows
+from sagewan.kernels import fp8_linear, hopper_prepare, sequence, token_rows
 from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.kernels.hopper_prepare import Position
 from sagewan.kernels.token_rows import Norm, Residual
@@ -123,7 +123,7 @@ def test_the_mean_of_what_projections_become(tokens: int) -> None:
     even, odd = exact[..., 0::2], exact[..., 1::2]
     turn = torch.polar(torch.ones_like(angles), angles)
     turned = torch.view_as_real(torch.complex(even, odd) * turn).flatten(-2)
-    expected = turned[:, :: prepare.stride_of(tokens)].mean(1)
+    expected = turned[:, :: sequence.stride_of(tokens)].mean(1)
     found = hopper_prepare.turned_mean(x, factors, position)
     assert torch.allclose(found, expected, atol=1e-5)
 

@@ -29,7 +29,6 @@ from sagewan.kernels.int8_attention import (
 from sagewan.kernels.key_blocks import BLOCK, key_of, walk
 from sagewan.kernels.launch import VARYING, Tile, check, compute_capability, launch, strided
 from sagewan.kernels.operators import operator
-from sagewan.kernels.prepare import mean
 from sagewan.kernels.prepare_fp4 import (
     block_d_of,
     corrections,
@@ -39,6 +38,7 @@ from sagewan.kernels.prepare_fp4 import (
     is_native,
 )
 from sagewan.kernels.prepared import PreparedFp4, Smoothing
+from sagewan.kernels.sequence import mean
 
 _BLOCK = tl.constexpr(BLOCK)
 _P_MAX = tl.constexpr(448.0 * 6.0)

@@ -22,8 +22,9 @@ from sagewan.kernels.int8_attention import LOG2E, lists, outputs
 from sagewan.kernels.launch import block_of, check
 from sagewan.kernels.nvrtc import Kernel, tensor_map
 from sagewan.kernels.operators import operator
-from sagewan.kernels.prepare import Recipe, e4m3_columns, int8_rows, mean
+from sagewan.kernels.prepare import Recipe, e4m3_columns, int8_rows
 from sagewan.kernels.prepared import Columns, Prepared, Rows
+from sagewan.kernels.sequence import mean
 
 SOURCE = "hopper_attention.cu"
 ROWS_PER_SCALE = 64

@@ -23,8 +23,9 @@ from sagewan.kernels.hopper_attention import CHANNELS, ROWS_PER_SCALE, lowest_sc
 from sagewan.kernels.int8_attention import LOG2E
 from sagewan.kernels.launch import VARYING, Schedule, launch
 from sagewan.kernels.nvrtc import Kernel
-from sagewan.kernels.prepare import Recipe, e4m3_columns, stride_of
+from sagewan.kernels.prepare import Recipe, e4m3_columns
 from sagewan.kernels.prepared import PADDING, Columns, Prepared, Rows
+from sagewan.kernels.sequence import stride_of
 
 SOURCE = "hopper_prepare.cu"
 _THREADS = 128

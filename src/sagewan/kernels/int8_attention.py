@@ -26,8 +26,9 @@ from sagewan.kernels.launch import (
     strided,
 )
 from sagewan.kernels.operators import operator
-from sagewan.kernels.prepare import Recipe, int8_rows, mean
+from sagewan.kernels.prepare import Recipe, int8_rows
 from sagewan.kernels.prepared import Prepared, Rows
+from sagewan.kernels.sequence import mean
 
 LOG2E = math.log2(math.e)
 _LN2 = tl.constexpr(math.log(2.0))
@@ -92,7 +93,7 @@ def prepare_sageattn(
 ) -> Prepared[Rows, Tensor]:
     """The first half of :func:`sageattn`: K smoothed, and a scale for each block of rows.
 
-    ``k_mean`` [B, Hk, D'] float32 replaces K's own mean, which :func:`prepare.mean` gives: for a
+    ``k_mean`` [B, Hk, D'] float32 replaces K's own mean, which :func:`sequence.mean` gives: for a
     sequence that is spread over devices. ``with_lse`` prepares what the log-sum-exp needs.
     """
     check(q, k, v)
@@ -147,10 +148,10 @@ def fine_rows(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
     for_keys = Recipe(
-        rows_per_scale=1, rotate=True, dot_factor=scale * LOG2E, smoothed=True, along=along
+        per_token=True, rotate=True, dot_factor=scale * LOG2E, smoothed=True, along=along
     )
     keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
-    recipe = Recipe(rows_per_scale=1, rotate=True, factor=scale * LOG2E, dot_factor=scale)
+    recipe = Recipe(per_token=True, rotate=True, factor=scale * LOG2E, dot_factor=scale)
     queries = int8_rows(q, recipe, minus=q_mean, other=k_mean if with_lse else None)
     return queries, keys
 

@@ -26,103 +26,38 @@ from sagewan.kernels.launch import (
     strided,
 )
 from sagewan.kernels.prepared import PADDING, Columns, Rows
+from sagewan.kernels.sequence import SAMPLED_FROM, largest, load_rows
 
-_CHUNKS = 32
 _ROWS = 64
 # Blocks of rows that share one rotation matrix, which takes longer to make than to use. Where
 # shared memory is plenty, more of them, read ahead, if all multiprocessors have work even so.
 _BLOCKS, _MANY_BLOCKS = 8, 32
 _PLENTY_SMS = (90, 100, 103)
 _MAX_ROTATION = 128
-# Any vector may be subtracted, and a thousand tokens from all over a video give their mean nearly.
-SAMPLED_FROM, _SAMPLED = 8192, 1024
-# Primes, which divide the width of hardly any video, so that the sample has all columns.
-_STRIDES = (7, 31, 73, 127, 241)
 _SCHEDULE = Schedule(warps=8)
 # Two blocks of 256 threads share a multiprocessor.
 _AHEAD = Schedule(warps=8, stages=3, registers=128)
-# Reading is all that a reduction does: it asks ahead.
-_REDUCTION = Schedule(warps=8, stages=3)
 # 1.5·2²³: a float32 this large has no fraction, so adding it rounds to the nearest even integer.
 _ROUND = tl.constexpr(12582912.0)
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How :func:`int8_rows` treats a tensor. All the rows of a block share a scale unless
-    ``rows_per_scale`` is less; ``factor`` multiplies what is quantised, and ``dot_factor`` the
-    dots, which are of the smoothed rows if ``smoothed``, else of the rows as they came.
+    ``per_token``; ``factor`` multiplies what is quantised, and ``dot_factor`` the dots, which are
+    of the smoothed rows if ``smoothed``, else of the rows as they came.
 
     ``along``: rows are rounded so that their error has little along themselves. A key that a query
     attends to is one that is like it, so that is the part of the error that its score would show.
     """
 
     block: int = _ROWS
-    rows_per_scale: int | None = None
+    per_token: bool = False
     rotate: bool = False
     factor: float = 1.0
     dot_factor: float = 1.0
     smoothed: bool = False
     along: bool = False
-
-
-def mean(x: Tensor) -> Tensor:
-    """[B, H, N, D] → its mean over N, [B, H, D'] float32, padded by zeros; of a long sequence, the
-    mean of its sample."""
-    x = _sampled(x)
-    return _reduce(x, float(x.shape[2]), largest=False).sum(2)
-
-
-def sum_and_count(x: Tensor) -> tuple[Tensor, int]:
-    """[B, H, N, D] → its sum over N, [B, H, D'] float32, padded by zeros, and N; of
-    ``SAMPLED_FROM`` tokens and more, of a sample of them.
-
-    Where several devices hold parts of K, the sums and the counts of all, added up, give the mean
-    that each must subtract; it is passed on as ``k_mean``.
-    """
-    x = _sampled(x)
-    return _reduce(x, 1.0, largest=False).sum(2), x.shape[2]
-
-
-def _sampled(x: Tensor) -> Tensor:
-    return x[:, :, :: stride_of(x.shape[2])]
-
-
-def stride_of(tokens: int) -> int:
-    """From one token of the sample to the next, so that there are about a thousand."""
-    if tokens < SAMPLED_FROM:
-        return 1
-    return max(stride for stride in _STRIDES if stride <= max(7, tokens // _SAMPLED))
-
-
-def largest(x: Tensor, over: float = 1.0) -> Tensor:
-    """[B, H, N, D] → the largest magnitude of each channel divided by ``over``, [B, H, D'] float32;
-    instead of zero the smallest normal number, so that one may divide by it."""
-    return _reduce(x, over, largest=True).amax(2)
-
-
-def _reduce(x: Tensor, over: float, *, largest: bool) -> Tensor:
-    """Of parts of N, the sums or the largest magnitudes, divided by ``over``, [B, H, parts, D']
-    float32."""
-    batch, heads, count, size = x.shape
-    block = block_of(size)
-    chunks = min(_CHUNKS, triton.cdiv(count, _ROWS))
-    partial = torch.empty(batch, heads, chunks, block, dtype=torch.float32, device=x.device)
-    arguments = {
-        **strided("x", x),
-        "partial": partial,
-        "heads": heads,
-        "count": count,
-        "size": size,
-        "chunk": triton.cdiv(triton.cdiv(count, chunks), _ROWS) * _ROWS,
-        "over": over,
-        "LARGEST": largest,
-        "BLOCK_R": _ROWS,
-        "BLOCK_D": block,
-    }
-    _launch_reduce(None, (chunks, batch * heads, 1), x.device, arguments)
-    return partial
 
 
 def int8_rows(
@@ -147,7 +82,7 @@ def int8_rows(
     rows = Rows(
         data=x.new_empty(batch, heads, padded, block, dtype=torch.int8),
         scale=x.new_empty(batch, heads, padded, dtype=torch.float32),
-        rows_per_scale=recipe.rows_per_scale or recipe.block,
+        rows_per_scale=1 if recipe.per_token else recipe.block,
         dots=dots,
     )
     many = count >= SAMPLED_FROM and compute_capability(x.device) in _PLENTY_SMS
@@ -171,7 +106,7 @@ def int8_rows(
         "ROTATION": min(_MAX_ROTATION, size & -size) if recipe.rotate else 0,
         "SMOOTHED": recipe.smoothed,
         "WIDTH": min(_MAX_ROTATION, block),
-        "SHARING": rows.rows_per_scale,
+        "PER_TOKEN": recipe.per_token,
         "ALONG": recipe.along,
         "BLOCKS": blocks,
         "BLOCK_R": recipe.block,
@@ -209,39 +144,6 @@ def e4m3_columns(v: Tensor, highest: float) -> Columns:
     grid = (padded // _ROWS, batch * heads, 1)
     _launch_columns(None, grid, v.device, arguments)
     return Columns(data=data, scale=scale)
-
-
-@triton.jit
-def load_rows(
-    x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D: tl.constexpr
-):  # rows [R] of one head → [R, D'], zero beyond the tensor
-    base = (head // heads).to(tl.int64) * x_b + (head % heads).to(tl.int64) * x_h
-    channels = tl.arange(0, BLOCK_D)
-    offsets = rows.to(tl.int64)[:, None] * x_n + channels[None, :] * x_d
-    mask = (rows < count)[:, None] & (channels < size)[None, :]
-    return tl.load(x + base + offsets, mask=mask, other=0.0)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def _reduce_kernel(
-    x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
-    partial,  # [B·H, chunks, D'] float32
-    heads, count, size, chunk, over,
-    LARGEST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(1)
-    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    start = tl.program_id(0) * chunk
-    for row in range(start, tl.minimum(start + chunk, count), BLOCK_R):
-        rows = row + tl.arange(0, BLOCK_R)
-        tile = load_rows(x, x_b, x_h, x_n, x_d, heads, head, rows, count, size, BLOCK_D)
-        tile = tile.to(tl.float32)
-        total = tl.maximum(total, tl.abs(tile)) if LARGEST else total + tile
-    result = (tl.max(total, 0) if LARGEST else tl.sum(total, 0)) / over
-    if LARGEST:
-        result = tl.maximum(result, _TINY)
-    place = (head * tl.num_programs(0) + tl.program_id(0)) * BLOCK_D
-    tl.store(partial + place + tl.arange(0, BLOCK_D), result)
 
 
 @triton.jit
@@ -299,15 +201,6 @@ def _stretched(values):
     return tl.clamp(best, -127.0, 127.0)
 
 
-@triton.jit
-def _shared(top, SHARING: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The largest of each SHARING neighbours, for each of them."""
-    if SHARING == BLOCK_R:
-        return tl.zeros_like(top) + tl.max(top, 0)
-    groups = top.reshape(BLOCK_R // SHARING, SHARING)
-    return (tl.zeros_like(groups) + tl.max(groups, 1)[:, None]).reshape(BLOCK_R)
-
-
 @triton.jit(do_not_specialize=VARYING)
 def _int8_rows_kernel(
     x, x_b, x_h, x_n, x_d,  # [B, H, N, D]
@@ -319,7 +212,7 @@ def _int8_rows_kernel(
     dots,  # [B·max(H, Ho), N'] float32, or None
     heads, count, padded, size, factor, dot_factor,
     EACH: tl.constexpr, SHARED: tl.constexpr, ROTATION: tl.constexpr, SMOOTHED: tl.constexpr,
-    WIDTH: tl.constexpr, SHARING: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -362,8 +255,8 @@ def _int8_rows_kernel(
             values *= ROTATION**-0.5
         values *= factor
         top = tl.max(tl.abs(values), 1)
-        if SHARING > 1:
-            top = _shared(top, SHARING, BLOCK_R)
+        if not PER_TOKEN:
+            top = tl.zeros_like(top) + tl.max(top, 0)
         # Rows of zeros, and those so small that their scale would vanish, are stored as zeros.
         scale = tl.maximum(top, 1e-30) / 127.0
         if lowest is not None:
@@ -401,7 +294,6 @@ def _e4m3_columns_kernel(
 
 # A call of the fastest mode prepares in less than a millisecond: looking its kernels up would take
 # as long again.
-_launch_reduce = Repeated(_reduce_kernel, _REDUCTION)
 _launch_rows = Repeated(_int8_rows_kernel, _SCHEDULE)
 _launch_many_rows = Repeated(_int8_rows_kernel, _AHEAD)
 _launch_columns = Repeated(_e4m3_columns_kernel, _SCHEDULE)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sagewan.kernels.fp4 import nvfp4, power_of_two_scale
 from sagewan.kernels.launch import VARYING, Schedule, block_of, compute_capability, launch, strided
-from sagewan.kernels.prepare import largest, load_rows
 from sagewan.kernels.prepared import PADDING, Fp4Columns, Fp4Rows, Smoothing
+from sagewan.kernels.sequence import largest, load_rows
 
 # The hardware multiplies at least 64 values of FP4 at a time.
 MIN_BLOCK_D = 64

@@ -251,9 +251,11 @@ def test_the_fused_block_is_as_near_as_the_block(
     }
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["16 bit", "fp8"])
+@pytest.mark.parametrize(
+    ("fp8", "chunk"), [(False, None), (True, None), (True, 3)], ids=["16 bit", "fp8", "in chunks"]
+)
 def test_only_the_attention_it_is_prepared_for_gets_q_and_k_prepared(
-    fp8: bool, monkeypatch: pytest.MonkeyPatch
+    fp8: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block = small_block(fp8=fp8)
     hidden, text, times, rotary = inputs(pictures=False)
@@ -283,7 +285,7 @@ def test_only_the_attention_it_is_prepared_for_gets_q_and_k_prepared(
     monkeypatch.setattr(fused, "output_scale", output_scale)
     monkeypatch.setattr(fused, "prepare_projections", prepare_projections)
     monkeypatch.setattr(Attention, "attend_prepared", attend_prepared)
-    with torch.inference_mode(), attention.during(Turn(PLAN, 1, lambda: None)):
+    with torch.inference_mode(), attention.during(Turn(PLAN, 1, lambda: None, chunk=chunk)):
         expected = plain(hidden.clone(), text, times, rotary)
         for implementation in ("torch.sdpa", "sagewan.sageattn_3_fp8_hopper"):
             kernels.clear()
@@ -293,7 +295,8 @@ def test_only_the_attention_it_is_prepared_for_gets_q_and_k_prepared(
             assert near(found - hidden, expected - hidden, 0.08 if fp8 else 5e-3)
             prepared = implementation != "torch.sdpa"
             assert kernels["hopper", "prepare_projections"] == prepared
-            assert kernels["hopper", "norm_and_rotate"] == (1 if prepared else 3)
+            of_text = 3 if chunk else 1
+            assert kernels["hopper", "norm_and_rotate"] == of_text + (0 if prepared else 2)
         assert written == [torch.float8_e4m3fn if fp8 else torch.float16]
         # Heads in groups are prepared by the group: this is for all of them.
         kernels.clear()

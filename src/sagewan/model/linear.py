@@ -81,8 +81,9 @@ class QuantLinear(nn.Linear):
             self.multiply_add(rows, self.packed, self.bias, own, place)
 
     def of_fp8(self, x: Fp8Rows) -> Tensor:
-        """As the layer's forward pass, for an input [..., K] that is FP8 already."""
-        rows = Fp8Rows(x.data.view(-1, self.in_features), x.scale.view(-1, 1))
+        """As the layer's forward pass, for an input [..., K] that is FP8 already. Tokens may lie in
+        longer sequences: of several videos they are copied."""
+        rows = Fp8Rows(x.data.reshape(-1, self.in_features), x.scale.reshape(-1, 1))
         out: Tensor = self.multiply(rows, self.packed, self.bias)
         return out.view(*x.data.shape[:-1], self.out_features)
 

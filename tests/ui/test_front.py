@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
@@ -77,6 +78,18 @@ def test_the_scripts_of_this_gradio_are_understood() -> None:
     assert len(names) == len(set(names)) > 50
     assert sum(name.startswith("Blocks-") for name in names) == 2
     assert sum((assets.folder() / name).stat().st_size for name in names) < 1_200_000
+
+
+@pytest.mark.parametrize("page", [None, "", "src='./assets/index-a1.js'", "assets/index-a1.css"])
+def test_a_gradio_of_another_make_is_served_without_hints(
+    page: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if page is not None:
+        (tmp_path / "index.html").write_text(page)
+    monkeypatch.setattr(assets, "folder", lambda: tmp_path / "assets")
+    monkeypatch.setattr(assets, "names", assets.names.__wrapped__)
+    assert assets.names() == frozenset()
+    assert assets.wanted_first.__wrapped__() == ()
 
 
 @pytest.mark.parametrize("name", ["../index.html", "%2e%2e/index.html", "nothing.js", "."])

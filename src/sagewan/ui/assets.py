@@ -31,7 +31,7 @@ def folder() -> Path:
 @cache
 def names() -> frozenset[str]:
     """Every file there."""
-    return frozenset(path.name for path in folder().iterdir())
+    return frozenset(path.name for path in folder().glob("*"))
 
 
 @cache
@@ -39,15 +39,16 @@ def wanted_first() -> tuple[str, ...]:
     """The files that the first tab will want, as far as the scripts tell: a browser that hears of
     them early fetches them while the server still starts. None, if a gradio's scripts are of
     another make."""
-    entries = re.findall(
-        r"assets/(index-[\w-]+\.(?:js|css))", _text(folder().parent / "index.html")
-    )
+    page = folder().parent / "index.html"
+    if not page.is_file():
+        return ()
+    entries = re.findall(r"assets/(index-[\w-]+\.(?:js|css))", _text(page))
     found = dict.fromkeys(entries)
     for entry in entries:
-        if entry.endswith(".js"):
+        if entry.endswith(".js") and entry in names():
             found |= dict.fromkeys(_table(_text(folder() / entry)))
     for script in [name for name in found if name.startswith(("Index-", "core-"))]:
-        if script.endswith(".js"):
+        if script.endswith(".js") and script in names():
             found |= dict.fromkeys(_imported(_text(folder() / script)))
     return tuple(name for name in found if name in names())
 

@@ -29,6 +29,18 @@ def test_the_times_are_the_schedulers_own(name: str, shift: float) -> None:
         assert times == pytest.approx(sampler.times.tolist(), abs=1e-3)
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_time_on_the_boundary_has_the_expert_that_denoises_it(name: str) -> None:
+    # One of these times is the boundary itself.
+    for steps, shift, boundary in ((24, 5.0, 0.875), (48, 5.0, 0.5), (13, 12.0, 0.5)):
+        sampler = make_sampler(
+            name, shift=shift, steps=steps, generator=torch.Generator(), device="cpu"
+        )
+        times = step_times(name, shift=shift, steps=steps)
+        planned = [expert_at(time, boundary) for time in times]
+        assert planned == [expert_at(float(time), boundary) for time in sampler.times]
+
+
 @given(time=st.floats(0, 1000), boundary=st.floats(0, 1))
 def test_the_first_expert_has_the_noisy_times(time: float, boundary: float) -> None:
     assert expert_at(time, boundary) == (0 if time >= boundary * 1000 else 1)

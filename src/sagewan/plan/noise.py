@@ -4,6 +4,7 @@ The same grids as the schedulers of :mod:`sagewan.pipeline.schedulers`, which a 
 flow's noise level σ goes from 1 to 0, shifted towards the noisy end, and its time is σ of 1000.
 """
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -50,7 +51,18 @@ def _even(steps: int) -> list[float]:
 
 
 def _original(shift: float, steps: int) -> Sequence[float]:
-    return [shifted(level, shift) * TRAIN_STEPS for level in original_grid(steps)]
+    """In float32, as the schedulers: a time may be the boundary's own, and all hangs on a bit."""
+    towards, apart = _single(shift), _single(shift - 1)
+    times = []
+    for level in map(_single, original_grid(steps)):
+        below = _single(1 + _single(apart * level))
+        times.append(_single(_single(_single(towards * level) / below) * TRAIN_STEPS))
+    return times
+
+
+def _single(number: float) -> float:
+    """The nearest float32."""
+    return float(*struct.unpack("f", struct.pack("f", number)))
 
 
 def _flow_euler(shift: float, steps: int) -> Sequence[float]:

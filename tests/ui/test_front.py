@@ -123,6 +123,20 @@ def test_what_cannot_be_made_ends_the_server_with_its_reason() -> None:
     assert isinstance(front.error, OSError)
 
 
+def test_what_cannot_be_opened_ends_the_server_with_its_reason() -> None:
+    @asynccontextmanager
+    async def broken(_: Starlette) -> AsyncIterator[None]:
+        raise OSError("no queue")
+        yield
+
+    front, ended = Front(Site(), {OURS: lambda: Starlette(lifespan=broken)}), threading.Event()
+    front.failed = ended.set
+    with TestClient(front.app, base_url="http://localhost") as client:
+        assert ended.wait(5)
+        with pytest.raises(OSError, match="queue"):
+            client.get("/fragment")
+
+
 def test_a_part_is_made_once_and_closed_at_the_end() -> None:
     log: list[str] = []
 

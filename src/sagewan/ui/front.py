@@ -90,15 +90,16 @@ class Front:
         loop = asyncio.get_running_loop()
         try:
             app = await loop.run_in_executor(self._workshop, self._parts[name])
+            async with app.router.lifespan_context(app):
+                opened.set_result(app)
+                await self._closing.wait()
         except Exception as error:  # It is raised again where it is waited for.
+            if opened.done():
+                raise
             opened.set_exception(error)
             if name == OURS:
                 self.error = opened.exception()
                 self.failed()
-            return
-        async with app.router.lifespan_context(app):
-            opened.set_result(app)
-            await self._closing.wait()
 
     async def _rest(self, scope: Scope, receive: Receive, send: Send) -> None:
         """gradio's, under a language's name, and what else is ours."""

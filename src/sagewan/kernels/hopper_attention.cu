@@ -552,12 +552,6 @@ __device__ __forceinline__ void release(u64 &barrier, int lane) {
 __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Arguments &a,
                                       int head, int key_head, int first) {
     int row_in_block = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    float2 of_channels[16];  // all asked for before the first is awaited
-#pragma unroll
-    for (int i = 0; FP8 && i < 16; ++i) {
-        const float *place = a.v_scale + key_head * CHANNELS + i * 8 + threadIdx.x % 4 * 2;
-        of_channels[i] = *reinterpret_cast<const float2 *>(place);
-    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float total = sum_across_row(rows.total[row]);
@@ -568,15 +562,15 @@ __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Ar
         if (narrow) scale /= a.out_scale[head / a.heads];
         i64 base = i64(head / a.heads) * a.o_b + i64(head % a.heads) * a.o_h + i64(n) * a.o_n;
         unsigned short *out = static_cast<unsigned short *>(a.out) + base;
-        bool in_pairs = a.o_d == 1 && reinterpret_cast<u64>(out) % 4 == 0;
+        const float *of_channel = FP8 ? a.v_scale + key_head * CHANNELS : nullptr;
 #pragma unroll
         for (int i = 0; i < 64; i += 4) {
             int channel = i * 2 + threadIdx.x % 4 * 2;
             if (channel >= a.size) continue;
             float x = o[i + row * 2] * scale, y = o[i + row * 2 + 1] * scale;
             if constexpr (FP8) {
-                x *= of_channels[i / 4].x;
-                y *= of_channels[i / 4].y;
+                x *= of_channel[channel];
+                y *= of_channel[channel + 1];
             }
             if (narrow) {
                 char *place = static_cast<char *>(a.out) + base + channel;
@@ -584,10 +578,6 @@ __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Ar
                 continue;
             }
             u32 packed = two_of(x, y, a.out_is_half);
-            if (in_pairs) {
-                *reinterpret_cast<u32 *>(out + channel) = packed;
-                continue;
-            }
             out[channel * a.o_d] = packed & 0xffff;
             out[(channel + 1) * a.o_d] = packed >> 16;
         }

@@ -138,6 +138,38 @@ def test_too_little_host_memory_is_said() -> None:
     assert make_plan(request, stored, hardware, Evidence()).memory.fits
 
 
+@pytest.mark.parametrize("quantization", ["none", "fp8_scaled"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("text", ["bfloat16", "float32"])
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_what_is_advised_of_the_host_helps(
+    stored: str, text: str, dtype: str, quantization: str
+) -> None:
+    model = replace(T2V, dtypes={"transformer": stored, "text_encoder": text})
+    request = Request(prompt="x", quantization=quantization, dtype=dtype)
+    once = replace(model, quantized="float8_e4m3fn")
+    helps = {
+        "--dtype bfloat16": (model, replace(request, dtype="bfloat16")),
+        "--quantization fp8_scaled": (model, replace(request, quantization="fp8_scaled")),
+        "sagewan quantize": (once, replace(request, quantization="fp8_scaled")),
+    }
+    for ram in (12, 14, 16, 24, 32):
+        hardware = pretend(machine(), gpu=None, vram=24, ram=ram)
+        notes = make_plan(request, model, hardware, Evidence()).notes
+        note = next((note for note in notes if "GiB of host memory" in note), None)
+        if note is None:
+            continue
+        fit = [
+            name
+            for name, (other, wanted) in helps.items()
+            if make_plan(wanted, other, hardware, Evidence()).memory.fits_host
+        ]
+        if fit:
+            assert any(name in note for name in fit), (ram, fit, note)
+        else:
+            assert note.endswith("choose a smaller model"), (ram, note)
+
+
 def test_weights_that_are_made_anew_are_whole_on_the_host_and_it_is_said() -> None:
     """Files of float32, as Wan 2.1's and A14B's own are, can't be used in their pages."""
     request = Request(prompt="x", quantization="none", size=(832, 480))

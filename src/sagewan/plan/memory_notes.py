@@ -102,18 +102,35 @@ def _advice(needs: Needs, hardware: Hardware) -> str:
 def _host_advice(needs: Needs, hardware: Hardware) -> str:
     """What would need less of the host: 16 bit; a file that is quantised already, as weights are
     whole on the host while they are quantised, or made 16 bit; a smaller video on a CPU."""
-    short = replace(needs, dtype="bfloat16", weight_bytes=needs.weight_bytes // 2)
-    if needs.dtype == "float32" and plan_memory(short, hardware).fits_host:
+    once = "quantize the model once with sagewan quantize: the file it makes needs less"
+
+    def fits(other: Needs) -> bool:
+        return plan_memory(other, hardware).fits_host
+
+    if needs.dtype == "float32" and fits(_in_bfloat16(needs)):
         return "--dtype bfloat16 needs half"
-    quantised = replace(needs, file_backed=True)
-    if needs.packed and not needs.file_backed and plan_memory(quantised, hardware).fits_host:
-        return "quantize the model once with sagewan quantize: the file it makes needs less"
-    eight = replace(needs, weight_bytes=weight_bytes(needs.model, needs.dtype, E4M3))
-    if not needs.packed and needs.device.is_cuda and plan_memory(eight, hardware).fits_host:
-        return "--quantization fp8_scaled needs half"
+    if needs.packed and not needs.file_backed and fits(replace(needs, file_backed=True)):
+        return once
+    if not needs.packed and needs.device.is_cuda:
+        eight = weight_bytes(needs.model, needs.dtype, E4M3)
+        quantised = replace(needs, weight_bytes=eight, packed=True, file_backed=False)
+        if fits(quantised):
+            return "--quantization fp8_scaled needs half"
+        if fits(replace(quantised, file_backed=True)):
+            return once
     if not needs.device.is_cuda:
         return f"choose {smaller(needs.model, needs.frames, needs.grid_size)}, or a smaller model"
     return "choose a smaller model"
+
+
+def _in_bfloat16(needs: Needs) -> Needs:
+    """The same with --dtype bfloat16, which packed weights don't ask about; plain ones stay in
+    their file's pages if that has it."""
+    if needs.packed:
+        return replace(needs, dtype="bfloat16")
+    backed = not needs.model.made_anew("transformer", "bfloat16")
+    half = needs.weight_bytes // 2
+    return replace(needs, dtype="bfloat16", weight_bytes=half, file_backed=backed)
 
 
 def _resized(needs: Needs, grid_size: tuple[int, int], frames: int) -> Needs:

@@ -138,6 +138,21 @@ def test_the_settings_of_a_video_are_overridden_by_flags(monkeypatch: pytest.Mon
     assert (other.prompt, other.seed, other.steps, other.strict) == ("a box", 4, 4, False)
 
 
+def test_steps_that_a_video_reused_are_those_of_its_model_and_noise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {"prompt": "a ball", "model": "wan2.1-t2v-14b", "cache": "mag:0.1@3,4/9", "shift": 5.0}
+    monkeypatch.setattr(export, "read_settings", lambda path: kept)
+    recorded, measured = StepCache.parse("mag:0.1@3,4/9"), StepCache.parse("mag:0.1")
+    for words in ([], ["--seed", "4"], ["--steps", "8"], ["--shift", "5"]):
+        assert parsed("--from", "v.mp4", *words).cache == recorded
+    assert not capsys.readouterr().err
+    for words in (["--shift", "3"], ["--model", "demo"], ["--lora", "a.safetensors"]):
+        assert parsed("--from", "v.mp4", *words).cache == measured
+        assert "names steps of another" in capsys.readouterr().err
+    assert parsed("--from", "v.mp4", "--shift", "3", "--cache", str(recorded)).cache == recorded
+
+
 def test_a_video_does_not_choose_the_files_that_are_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,10 +2,11 @@
 
 import argparse
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sagewan.cli.streams import say
 from sagewan.errors import RequestError
 from sagewan.plan.models import DEMO, PUBLISHED
 from sagewan.plan.modes import AUTO, MODES, PRESETS
@@ -129,9 +130,24 @@ def request_from(arguments: argparse.Namespace, *, prompt: str | None = None) ->
         from sagewan.pipeline.export import read_settings
 
         values = settings_from_json(read_settings(arguments.from_video))
-    values |= fields_from(arguments, FLAGS)
+    given = fields_from(arguments, FLAGS)
+    values = _as_measured(values, given) | given
     if "prompt" not in values:
         if prompt is None:
             raise RequestError('prompt is missing: say what to show, such as "a red ball"')
         values["prompt"] = prompt
     return Request(**values)
+
+
+# What decides how much each step changes, beside how many there are, which the plan compares.
+_MEASURED_WITH = ("model", "lora", "shift", "scheduler", "boundary")
+
+
+def _as_measured(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A video's settings, in which its step cache names no steps if those were another's."""
+    cache = values.get("cache")
+    changed = [name for name in _MEASURED_WITH if name in given and given[name] != values.get(name)]
+    if cache is None or cache.recorded is None or "cache" in given or not changed:
+        return values
+    say(f"the step cache {cache} names steps of another {changed[0]}: what was measured decides")
+    return {**values, "cache": replace(cache, recorded=None)}

@@ -50,6 +50,8 @@ def test_the_floor_of_wan_14b_is_the_one_computed_by_hand() -> None:
     for arithmetic in (Arithmetic(), Arithmetic(products=8, scores=8, values=4)):
         found = floor.floor_ms(case, arithmetic, same)
         assert found == pytest.approx((products + attention) / 1e12, rel=1e-9)
+        kept = floor.floor_ms(case, arithmetic, same, keeps_text=True)
+        assert found - kept == pytest.approx(2 * 512 * 2 * w * w / 1e12, rel=1e-6)
 
 
 def test_fewer_bits_lower_the_floor_where_the_card_has_them() -> None:

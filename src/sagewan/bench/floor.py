@@ -50,10 +50,15 @@ def attention(case: Case) -> Work:
     )
 
 
-def floor_ms(case: Case, arithmetic: Arithmetic, rate: Rate) -> float:
-    """Milliseconds of a layer's products and attention at the listed rates, nothing overlapped."""
+def floor_ms(
+    case: Case, arithmetic: Arithmetic, rate: Rate, *, keeps_text: bool = False
+) -> float:
+    """Milliseconds of a layer's products and attention at the listed rates, nothing overlapped;
+    with ``keeps_text`` of a pass that has the text's keys and values already."""
     seconds = 0.0
     for layer in case.layers:
+        if keeps_text and layer.role == Role.CROSS_KEY_VALUE:
+            continue
         speed = _speed(_bits(layer.role, arithmetic), rate)
         seconds += 2 * prod(layer.shape) * case.rows(layer) / speed
     each = 2 * case.tokens**2 * case.width

@@ -196,7 +196,10 @@ def _timed(setting: Setting, found: Measured, one: Contestant, whole: float) -> 
     ends = found.ends_ms or 0.0
     layer = max(whole - ends, 1e-6)
     rate = rate_of(setting)
-    least = None if rate is None else floor.floor_ms(setting.case, one.arithmetic, rate)
+    least = None
+    if rate is not None:
+        kept = one.keeps_text
+        least = floor.floor_ms(setting.case, one.arithmetic, rate, keeps_text=kept)
     return replace(
         found,
         layer_ms=layer,

@@ -35,6 +35,20 @@ def test_what_lies_apart_is_refused() -> None:
         add_product(x, weight, scale, None, torch.zeros(32, 4, dtype=torch.bfloat16).t())
 
 
+def test_what_does_not_fit_together_is_refused() -> None:
+    x, weight, scale, into = given()
+    narrow, other = weight[:, :32].contiguous(), torch.zeros(4, 16, dtype=torch.bfloat16)
+    for arguments in ((narrow, scale, None, into), (weight, scale, None, other)):
+        with pytest.raises(ShapeError, match="K"):
+            add_product(x, *arguments)
+    with pytest.raises(ShapeError, match="K"):
+        add_product(x, weight, torch.ones(1), None, into)
+    with pytest.raises(ShapeError, match="float16: give bfloat16"):
+        add_product(x, weight, scale, None, into.half())
+    with pytest.raises(ShapeError, match="give bfloat16"):
+        add_product(x, weight, scale, torch.ones(32), into)
+
+
 def test_a_torch_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "9.9")
     cublas_lt._library.cache_clear()

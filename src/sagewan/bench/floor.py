@@ -50,9 +50,7 @@ def attention(case: Case) -> Work:
     )
 
 
-def floor_ms(
-    case: Case, arithmetic: Arithmetic, rate: Rate, *, keeps_text: bool = False
-) -> float:
+def floor_ms(case: Case, arithmetic: Arithmetic, rate: Rate, *, keeps_text: bool = False) -> float:
     """Milliseconds of a layer's products and attention at the listed rates, nothing overlapped;
     with ``keeps_text`` of a pass that has the text's keys and values already."""
     seconds = 0.0

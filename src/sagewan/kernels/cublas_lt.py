@@ -66,18 +66,30 @@ def add_product(
 ) -> None:
     """into += x·Wᵀ + bias, rounded once: x [M, K], e4m3 weight [N, K] with float32 scales [N], bias
     [N] and into [M, N] bfloat16, rows without gaps, on one device. Raises ShapeError for other
-    layouts and for sides that are no multiples of 16, and CublasError."""
+    layouts, dtypes and for sides that are no multiples of 16, and CublasError."""
+    _check(x, weight, weight_scale, bias, into)
     (m, k), n = x.data.shape, weight.shape[0]
-    tensors = (x.data, weight, into)
-    if any(t.dim() != 2 or not t.is_contiguous() for t in tensors) or n % _SIDE or k % _SIDE:
-        shapes = ", ".join(str(list(t.shape)) for t in tensors)
-        raise ShapeError(f"{shapes}: give contiguous matrices of sides that are multiples of 16")
     scales = x.aligned_scale.flatten()
-    alignment = math.gcd(256, *(t.data_ptr() for t in tensors))
+    alignment = math.gcd(256, *(t.data_ptr() for t in (x.data, weight, into)))
     with torch.cuda.device(into.device):
         product = _product(into.device.index, _Shape(m, n, k, bias is not None, alignment))
         pointers = {_A_SCALE: weight_scale.contiguous(), _B_SCALE: scales}
         product.run(weight, x.data, into, pointers if bias is None else {**pointers, _BIAS: bias})
+
+
+def _check(
+    x: Fp8Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, into: Tensor
+) -> None:
+    tensors = (x.data, weight, into)
+    (m, k), n = x.data.shape, weight.shape[0]
+    shapes = [tuple(t.shape) for t in tensors]
+    if any(t.dim() != 2 or not t.is_contiguous() for t in tensors) or n % _SIDE or k % _SIDE:
+        raise ShapeError(f"{shapes}: give contiguous matrices of sides that are multiples of 16")
+    # The library is told of each side once, and would read and write whatever lies there.
+    if weight.shape[1] != k or into.shape != (m, n) or weight_scale.shape != (n,):
+        raise ShapeError(f"{shapes} and {len(weight_scale)} scales: give [M, K], [N, K], [M, N], N")
+    if {into.dtype, into.dtype if bias is None else bias.dtype} != {torch.bfloat16}:
+        raise ShapeError(f"added to {into.dtype}: give bfloat16, and a bias of the same")
 
 
 class _Product:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -287,6 +289,27 @@ def test_uploads_that_nothing_names_are_removed_when_they_are_old(queue: Queue) 
     queue.remove(job)
     assert sweep(queue) == 1
     assert not of_job.exists()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), sqlite3.OperationalError("locked")])
+def test_a_look_at_the_uploads_that_fails_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    monkeypatch.setenv("SAGEWAN_DATA", str(tmp_path))
+    stopping, looks = threading.Event(), []
+
+    def look(_: Queue) -> int:
+        looks.append(1)
+        if len(looks) == 1:
+            raise error
+        stopping.set()
+        return 0
+
+    monkeypatch.setattr(uploads, "sweep", look)
+    monkeypatch.setattr(uploads, "_FIRST_SWEEP", 0.0)
+    monkeypatch.setattr(uploads, "_SWEEPS", 0.0)
+    uploads.keep_swept(stopping)
+    assert len(looks) == 2
 
 
 def test_a_picture_that_is_sent_again_counts_as_new(queue: Queue) -> None:

@@ -104,5 +104,5 @@ def keep_swept(stopping: threading.Event) -> None:
         try:
             with Queue(default_path()) as queue:
                 sweep(queue)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             logger.warning("uploads were not looked through: %s", error)

@@ -50,7 +50,8 @@ class _Prepared:
 class _Walk:
     """How queries and keys are walked through: by so many rows and keys, and past the blocks that
     the mask leaves out; ``allowed`` [B or 1, H or 1, rows, ⌈M/128⌉] is the mask of some rows. With
-    ``own_place``, from the keys at the place of each ``BLOCK`` queries on, ``first``."""
+    ``own_place`` and no mask, from the keys at the place of each ``BLOCK`` queries on, ``first``.
+    """
 
     block_m: int
     block_n: int
@@ -61,11 +62,10 @@ class _Walk:
 
     def of_rows(self, start: int, count: int) -> "_Walk":
         """The walk for the rows of queries from ``start``."""
-        walk = replace(self, first=start // BLOCK * BLOCK) if self.own_place else self
         if self.block_mask is None:
-            return walk
+            return replace(self, first=start // BLOCK * BLOCK) if self.own_place else self
         allowed = self.block_mask.repeat_interleave(BLOCK, 2)[:, :, start:count]
-        return replace(walk, allowed=allowed)
+        return replace(self, allowed=allowed)
 
     def starts(self, keys: int) -> list[int]:
         """Where the blocks of keys begin, in their order."""
@@ -145,7 +145,7 @@ def sageattn_3_fp8(
 ) -> Result:
     """Q·Kᵀ as :func:`sageattn_3`, but for ``rows_per_scale`` tokens to a scale; P·V in e4m3, P
     times 448 and V scaled per channel. ``rounded_sums`` divides by the sums of P as rounded;
-    ``own_place`` begins with the keys at the place of each 128 queries."""
+    ``own_place`` begins with the keys at the place of each 128 queries, if no mask lists them."""
     scaled = _scale(q, scale)
     values = formats.e4m3_per_channel(v).value()
     operands = _fine_int8(scaled, k, values, block_m, (rows_per_scale, rows_per_scale))

@@ -86,6 +86,15 @@ def test_what_the_command_refuses(
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("host", ["203.0.113.1", "not a name"])
+@pytest.mark.parametrize("port", [None, 7860])
+def test_an_address_of_another_machine_is_not_taken_for_a_taken_port(
+    host: str, port: int | None
+) -> None:
+    with pytest.raises(RequestError, match=f"host={host}: this machine has no such address"):
+        listen(host, port)
+
+
 def test_it_listens_to_this_machine_only_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[str] = []
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """Starts the app: a port, the pages, the worker beside them, and the end of all."""
 
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -50,7 +51,7 @@ class Address:
 
 def listen(host: str, port: int | None, *, first: int = 7860) -> socket.socket:
     """Take this port, or the first free one from 7860 on; whoever comes from now on waits until
-    it is served. RequestError if it is taken."""
+    it is served. RequestError if it is taken, or the host is not this machine."""
     for candidate in [port] if port is not None else range(first, first + _TRIES):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # Named as TCP, so that asyncio sends small answers at once: else each waits 40 ms for the
@@ -62,8 +63,13 @@ def listen(host: str, port: int | None, *, first: int = 7860) -> socket.socket:
             taken.bind((host, candidate))
             # Two can be bound to a port, but only one listens.
             taken.listen(_WAITING)
-        except OSError:
+        except OSError as error:
             taken.close()
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise RequestError(
+                    f"host={host}: this machine has no such address; give one that it has, or "
+                    "0.0.0.0 for all"
+                ) from error
         else:
             return taken
     wanted = f"port={port} is" if port is not None else f"ports {first} to {first + _TRIES - 1} are"

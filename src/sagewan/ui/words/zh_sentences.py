@@ -30,6 +30,7 @@ ZH_SENTENCES: Mapping[str, str] = {
     "--frames {} or --size {}": "--frames {} 或 --size {}",
     "a smaller model": "更小的模型",
     "the latents stopped being finite at step {} of {} with attention {} in {}{}; try --attention sdpa or {}": "第 {} 步（共 {} 步）时潜变量不再是有限值，注意力 {}，格式 {}{}；请试试注意力 sdpa 或 {}",
+    "host={}: this machine has no such address; give one that it has, or 0.0.0.0 for all": "host={}：本机没有这个地址；请给出本机的地址，或用 0.0.0.0 表示全部",
     "{} taken on {}: choose another with --port": "{}（{}）已被占用：请用 --port 换一个",
     "{} is the source itself: name another place": "{} 就是来源本身：请换个位置",
     "{} is there already, and is not what this would write: remove it, or name another place": "{} 已存在，而且不是要写入的内容：请删除它，或换个位置",

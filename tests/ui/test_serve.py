@@ -76,7 +76,7 @@ def test_the_address_is_one_that_a_browser_opens() -> None:
         (["--share"], "give --auth as well"),
         (["--auth", "me"], "write NAME:PASSWORD"),
         (["--auth", ":x"], "write NAME:PASSWORD"),
-        (["--host", "999.1.1.1", "--port", "1"], "taken on 999.1.1.1"),
+        (["--host", "999.1.1.1", "--port", "1"], "no such address"),
     ],
 )
 def test_what_the_command_refuses(

@@ -130,7 +130,7 @@ def row_factors(x: Tensor, eps: float) -> Tensor:
 
 def turned_mean(x: Tensor, factors: Tensor, position: Position) -> Tensor:
     """The mean over N of what x [B, N, H, D] becomes, [B, H, D] float32; of a long sequence, of
-    about a thousand of its tokens."""
+    its sample."""
     batch, tokens, heads, size = x.shape
     _check(x)
     every = stride_of(tokens)

@@ -41,7 +41,8 @@ def _sampled(x: Tensor) -> Tensor:
 
 
 def stride_of(tokens: int) -> int:
-    """From one token of the sample to the next, so that there are about a thousand."""
+    """From one token of the sample to the next, so that there are a thousand at least and,
+    of up to 250,000, less than five thousand."""
     if tokens < SAMPLED_FROM:
         return 1
     return max(stride for stride in _STRIDES if stride <= max(7, tokens // _SAMPLED))

@@ -7,7 +7,7 @@ VAE's statistics) is what Wan's own models have.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
@@ -96,7 +96,7 @@ def _transformer(source: Source) -> dict[str, Any]:
         "rope_max_seq_len": 1024,
         "image_dim": picture[0] if picture else None,
         "added_kv_proj_dim": picture_keys[1] if picture_keys else None,
-        "pos_embed_seq_len": _product(positions) // picture[0] if positions and picture else None,
+        "pos_embed_seq_len": math.prod(positions) // picture[0] if positions and picture else None,
     }
 
 
@@ -154,7 +154,7 @@ def _text_encoder(source: Source) -> dict[str, Any]:
 
 def _image_encoder(source: Source) -> dict[str, Any]:
     width, _, patch, _ = _shape(source, "embeddings.patch_embedding.weight", 4)
-    positions = _product(source.shape("embeddings.position_embedding.weight") or ()) // width
+    positions = math.prod(source.shape("embeddings.position_embedding.weight") or ()) // width
     if width not in _CLIP_HEADS:
         raise CheckpointError(
             f"{source.path} is a CLIP of {width} features, whose heads only its config.json tells: "
@@ -195,13 +195,6 @@ def _count(source: Source, pattern: str) -> int:
             "fetch it again"
         )
     return len(numbers)
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product
 
 
 def main_format(source: Source) -> str:

@@ -1,5 +1,6 @@
 """What a file or a folder is, from headers and configs: for people, and as values for scripts."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -190,7 +191,7 @@ def _of_lora(path: Path, tensors: dict[str, Stored]) -> Inspection:
         container=downs[0].file.container,
         files=1,
         description=f"{len(downs)} layers of rank {rank}, for models {width} wide{fits}",
-        parameters=sum(_product(stored.shape) for stored in tensors.values()),
+        parameters=sum(math.prod(stored.shape) for stored in tensors.values()),
         bytes=sum(stored.nbytes for stored in tensors.values()),
         format=downs[0].dtype,
         formats=dict(Counter(stored.dtype for stored in tensors.values())),
@@ -212,7 +213,7 @@ def _part(source: Source, role: str) -> Part:
         container=source.files[0].container,
         files=len(source.files),
         description=_description(source),
-        parameters=sum(_product(entry.shape) for entry in source.entries.values()),
+        parameters=sum(math.prod(entry.shape) for entry in source.entries.values()),
         bytes=source.bytes,
         format=main_format(source),
         formats=formats(source.entries.values()),
@@ -266,7 +267,7 @@ def _scale_kind(entry: Entry) -> str:
     scale = entry.weight.scale
     if scale is None:
         return "none"
-    return "per tensor" if _product(scale.shape) == 1 else "per row"
+    return "per tensor" if math.prod(scale.shape) == 1 else "per row"
 
 
 def _published_name(model: Model) -> str | None:
@@ -276,10 +277,3 @@ def _published_name(model: Model) -> str | None:
         if all(getattr(model, trait) == getattr(published, trait) for trait in traits):
             return name
     return None
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for side in shape:
-        product *= side
-    return product

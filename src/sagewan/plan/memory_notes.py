@@ -75,7 +75,15 @@ def _too_large(needs: Needs, memory: MemoryPlan) -> str:
 
 
 def _advice(needs: Needs, hardware: Hardware) -> str:
-    """What would fit: fewer frames, or a smaller size, at the same settings."""
+    """What would fit, at the same settings or with a smaller model."""
+    fitting = _fitting(needs, hardware)
+    if fitting:
+        return f"{fitting} would fit"
+    return "choose a smaller model" + ("" if needs.packed else ", or --quantization fp4_scaled")
+
+
+def _fitting(needs: Needs, hardware: Hardware) -> str:
+    """Flags for fewer frames, or a smaller size, that fit; empty if none do."""
     model = needs.model
 
     def shorter(frames: int) -> Needs:
@@ -94,9 +102,7 @@ def _advice(needs: Needs, hardware: Hardware) -> str:
     short, narrow = found
     said = [f"--frames {short.frames}"] if short else []
     said += ["--size {}x{}".format(*narrow.grid_size)] if narrow else []
-    if said:
-        return f"{' or '.join(said)} would fit"
-    return "choose a smaller model" + ("" if needs.packed else ", or --quantization fp4_scaled")
+    return " or ".join(said)
 
 
 def _host_advice(needs: Needs, hardware: Hardware) -> str:
@@ -111,15 +117,16 @@ def _host_advice(needs: Needs, hardware: Hardware) -> str:
         return "--dtype bfloat16 needs half"
     if needs.packed and not needs.file_backed and fits(replace(needs, file_backed=True)):
         return once
-    if not needs.packed and needs.device.is_cuda:
+    if not needs.packed:
         eight = weight_bytes(needs.model, needs.dtype, E4M3)
         quantised = replace(needs, weight_bytes=eight, packed=True, file_backed=False)
         if fits(quantised):
             return "--quantization fp8_scaled needs half"
         if fits(replace(quantised, file_backed=True)):
             return once
-    if not needs.device.is_cuda:
-        return f"choose {smaller(needs.model, needs.frames, needs.grid_size)}, or a smaller model"
+    fitting = "" if needs.device.is_cuda else _fitting(needs, hardware)
+    if fitting:
+        return f"{fitting} would fit"
     return "choose a smaller model"
 
 

@@ -188,7 +188,6 @@ ZH_SENTENCES: Mapping[str, str] = {
     "this will not fit: it takes {} GiB of host memory, and {} GiB are free; {}": "放不下：需要 {} GiB 内存，而空闲 {} GiB；{}",
     "quantize the model once with sagewan quantize: the file it makes needs less": "请先用 sagewan quantize 量化一次模型：它生成的文件需要的内存更少",
     "choose a smaller model": "请选择更小的模型",
-    "choose {}, or a smaller model": "请选择 {}，或更小的模型",
     "--dtype bfloat16 needs half": "--dtype bfloat16 只需一半",
     "--quantization fp8_scaled needs half": "--quantization fp8_scaled 只需一半",
     "ram={}: it must be from 1 to {} (GiB)": "ram={}：必须在 1 到 {}（GiB）之间",

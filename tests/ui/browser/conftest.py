@@ -90,15 +90,17 @@ def started(data: Path, *flags: str, login: tuple[str, ...] | None = None) -> Se
     return Server(process, url, data, times.user + times.system)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = started(tmp_path_factory.mktemp("app"))
     yield running
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
+    """Closed before other tests of this process run: while it is open, an event loop runs in their
+    thread, which refuses another and confuses Python 3.11's parser."""
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield opened

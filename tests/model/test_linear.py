@@ -15,6 +15,7 @@ from sagewan.model import matmul
 from sagewan.model.linear import Multiplier, QuantLinear, matrices
 from sagewan.model.lora import Adapters
 from sagewan.plan.evidence import Evidence
+from sagewan.plan.linear import THIN_ROWS
 from sagewan.plan.plan import make_plan
 from sagewan.plan.request import Request
 from tests.loras import pairs
@@ -212,3 +213,8 @@ def test_scales_are_read_where_16_bytes_begin(monkeypatch: pytest.MonkeyPatch) -
         matmul.product_of_rows(Fp8Rows(x.data[0], x.scale[0]), weight, torch.ones(16, 1), None)
         assert given[-1].data_ptr() % 16 == 0
         assert given[-1].flatten().tolist() == [start, start + 1, start + 2]
+
+
+def test_the_plan_gives_the_few_row_kernel_no_more_rows_than_it_takes() -> None:
+    thin = pytest.importorskip("sagewan.kernels.thin_linear", exc_type=ImportError)
+    assert thin.MAX_ROWS == THIN_ROWS

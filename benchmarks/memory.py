@@ -1,8 +1,10 @@
 """Memory on one GPU made to look like a smaller card: what was planned, what was used.
 
     python -m benchmarks.memory [--cases A,B,…] [--layers N] [--context GIB] [--json FILE]
+    python -m benchmarks.memory --cases A,B,… --context GIB --within GIB --folder DIR
 
---list names the cases.
+--list names the cases. The second form runs several side by side, each in a process of its own,
+with so much of the GPU for all together.
 
 Whole pipelines at published shapes with random weights: text encoder, steps, VAE, mp4. The
 process's share of the GPU is limited (``set_per_process_memory_fraction``), the host's memory only
@@ -20,15 +22,18 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.memory_parts import activations, decode, swap_cost, twenty
+from benchmarks.memory_decode import decode
+from benchmarks.memory_parts import activations, swap_cost, twenty
 from benchmarks.pipelines import CARDS, CutOffError, pipeline
+from benchmarks.side_by_side import Limits, given_back, side_by_side
 from benchmarks.watching import HELD, clear, context_alone
 from sagewan.errors import SagewanError
 
@@ -41,14 +46,17 @@ def main() -> None:
         "--context", type=float, help="GiB of the device that are not torch's; others run beside"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--within", type=float, help="GiB of the GPU for all that run at once")
+    parser.add_argument("--lanes", type=int, default=3, help="how many run at once at most")
+    parser.add_argument("--seconds", type=float, default=3600, help="for all of them")
+    parser.add_argument("--folder", type=Path, help="where those side by side leave their facts")
     parser.add_argument("--show", type=Path, nargs="+", help="only the table of such files")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
-    HELD.update(context=arguments.context)
-    signal.signal(signal.SIGTERM, _cut_off)
+    if arguments.within and not (arguments.folder and arguments.cases and arguments.context):
+        parser.error("--within wants --cases, --context and --folder")
     if arguments.show:
-        read = (json.loads(path.read_text(encoding="utf-8"))["cases"] for path in arguments.show)
-        _table({name: facts for cases in read for name, facts in cases.items()})
+        _show(arguments.show)
         return
     cases = {**_cards(arguments.layers), **_others(arguments.layers)}
     if arguments.list:
@@ -56,15 +64,49 @@ def main() -> None:
         return
     usual = [name for name in cases if not name.startswith("quality")]
     names = arguments.cases.split(",") if arguments.cases else usual
+    if arguments.within:
+        work = partial(_beside, arguments=arguments)
+        limits = Limits(gib=arguments.within, lanes=arguments.lanes, seconds=arguments.seconds)
+        side_by_side({name: _takes(name) for name in names}, work, limits, arguments.folder)
+        _show(path for name in names if (path := arguments.folder / f"{name}.json").exists())
+        return
+    if not _run({name: cases[name] for name in names}, arguments):
+        sys.exit(1)
+
+
+def _run(cases: Mapping[str, Callable[[], dict[str, Any]]], arguments: Namespace) -> bool:
+    """Whether none of them failed."""
+    HELD.update(context=arguments.context)
+    signal.signal(signal.SIGTERM, _cut_off)
     found = {}
-    for name in names:
-        found[name] = _facts(cases[name])
+    for name, case in cases.items():
+        found[name] = _facts(case)
         print(name, json.dumps(found[name]), flush=True)
         if arguments.json:
             _write(arguments.json, found)
     _table(found)
-    if any("failed" in {*facts, facts.get("outcome", "")[:6]} for facts in found.values()):
-        sys.exit(1)
+    return not any("failed" in {*facts, facts.get("outcome", "")[:6]} for facts in found.values())
+
+
+def _beside(name: str, arguments: Namespace) -> None:
+    """One case, in a process of its own."""
+    cases = {**_cards(arguments.layers), **_others(arguments.layers)}
+    arguments.json = arguments.folder / f"{name}.json"
+    HELD.update(given_back=given_back(arguments.folder, name))
+    _run({name: cases[name]}, arguments)
+
+
+# GiB of the GPU that cases take which are no card.
+_TAKEN = {"twenty": 2.0, "decode": 16.0}
+
+
+def _takes(name: str) -> float:
+    return CARDS[name].vram - 0.5 if name in CARDS else _TAKEN.get(name, 80.0)
+
+
+def _show(paths: Iterable[Path]) -> None:
+    read = (json.loads(path.read_text(encoding="utf-8"))["cases"] for path in paths)
+    _table({name: facts for cases in read for name, facts in cases.items()})
 
 
 def _facts(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:

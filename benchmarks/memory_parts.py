@@ -9,25 +9,21 @@ from typing import Any
 
 import torch
 
-from benchmarks.pipelines import T2V, TI2V, CutOffError, with_layers
-from benchmarks.random_models import random_transformer, random_vae
+from benchmarks.pipelines import T2V, with_layers
+from benchmarks.random_models import random_transformer
 from benchmarks.watching import DEVICE, clear, host_bytes, of_process, used_bytes
 from sagewan.attention.launch import Launcher
 from sagewan.memory.placement import Place, Placement
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier
-from sagewan.model.vae import decode_pieces, decode_tiles
-from sagewan.pipeline.decode import frame_bytes
 from sagewan.pipeline.probe import probe
 from sagewan.pipeline.session import Session
-from sagewan.plan.budget import CONTEXT, GIB, Chunks, decode_stage, with_overhead
+from sagewan.plan.budget import GIB, Chunks
 from sagewan.plan.catalogue import row_named
-from sagewan.plan.decoding import plan_decoding
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.plan import Plan, make_plan
-from sagewan.plan.pretend import pretend
 from sagewan.plan.request import Request
 
 SHAPES = {"480p": (832, 480), "720p": (1280, 720)}
@@ -138,82 +134,6 @@ def _peak_of(work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
     result = work()
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / GIB, 3), result
-
-
-# (model, size, tile in latent cells): the VAE's decoder by itself.
-_DECODED: tuple[tuple[str, tuple[int, int], tuple[int, int] | None], ...] = (
-    (T2V, (1280, 720), (90, 80)),
-    (T2V, (1280, 720), (45, 80)),
-    (TI2V, (1280, 704), (44, 40)),
-    (T2V, (1280, 720), (90, 54)),
-    (TI2V, (1280, 704), (22, 40)),
-    (T2V, (832, 480), None),
-    (T2V, (1280, 720), None),
-    (T2V, (1920, 1088), (68, 120)),
-    (T2V, (960, 544), None),
-)
-
-
-def decode() -> dict[str, Any]:
-    """Decoding 13 frames: GiB planned in all, allocated, and reserved, beyond the context; whether
-    that also goes in what was planned; and the same where segments of memory can grow."""
-    found: dict[str, Any] = {"fixed": [], "expandable": []}
-    try:
-        for mode, kept in found.items():
-            clear()
-            _let_segments_grow(mode == "expandable")
-            kept.extend(_decoded(*shape) for shape in _DECODED)
-    except CutOffError:
-        found["cut off"] = True
-    return found
-
-
-def _let_segments_grow(whether: bool) -> None:
-    # There is no public way once CUDA is in use.
-    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{whether}")  # type: ignore[attr-defined] # noqa: SLF001
-
-
-def _decoded(name: str, size: tuple[int, int], tile: tuple[int, int] | None) -> dict[str, Any]:
-    model, (width, height) = PUBLISHED[name], size
-    hardware = pretend(probe(), gpu=None, vram=80)
-    decoding = plan_decoding(hardware.devices[0], "bfloat16", size)
-    shape = (4, height // model.spatial, width // model.spatial)
-    stage = decode_stage(model, shape, tile, on_device=True, decoding=decoding)
-    planned = with_overhead(stage, on_device=True).device - CONTEXT
-    vae = random_vae(model, decoding).eval().to(DEVICE)
-    latents = torch.randn(1, model.latent_channels, *shape, device=DEVICE, dtype=vae.dtype)
-    total = torch.cuda.mem_get_info()[1]
-
-    @torch.inference_mode()
-    def work() -> tuple[int, int]:
-        clear()
-        if tile is None:
-            for piece in decode_pieces(latents, vae, decoding.at_once):
-                frame_bytes(piece)
-        else:
-            for _, _, piece in decode_tiles(latents, vae, tile):
-                frame_bytes(piece).cpu()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-
-    try:
-        allocated, reserved = work()
-    except torch.OutOfMemoryError:
-        # Others have the rest of the GPU.
-        return {"model": name, "size": size, "tile": tile, "failed": "out of memory"}
-    fits = True
-    torch.cuda.set_per_process_memory_fraction(planned / total)
-    try:
-        work()
-    except torch.OutOfMemoryError:
-        fits = False
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    items = {item.name: item.device for item in stage.items}
-    numbers = [items["VAE"], items["activations"], planned, allocated, reserved]
-    names = ("vae", "activations", "planned", "allocated", "reserved")
-    gib = {key: round(value / GIB, 3) for key, value in zip(names, numbers, strict=True)}
-    return {"model": name, "size": size, "tile": tile, **gib, "fits": fits}
 
 
 def twenty() -> dict[str, Any]:

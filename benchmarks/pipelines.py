@@ -189,6 +189,10 @@ def _run(decision: Decision, output: Path) -> tuple[str, Mapping[str, Any], list
         enter(event.stage)
         if event.plan:
             plans.append(event.plan)
+        # Tiles are decoded before the first frame is written, and then the decoder leaves.
+        written = event.stage == "decode" and event.done == 1 and plans[-1].memory.decode_tile
+        if written and HELD["given_back"]:
+            HELD["given_back"].touch()
 
     watch = Watch(note)
     try:

@@ -1,5 +1,7 @@
 """Whole Wan models of random weights: every block of a model is made from one block's."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +63,9 @@ def _told(stage: str, make: Callable[[], Any]) -> Callable[[], Any]:
     """The same, and the bytes of what it makes are noted."""
 
     def made() -> Any:
+        began = time.perf_counter()
         module = make()
+        print(f"{time.perf_counter() - began:7.1f} s to make it", file=sys.stderr, flush=True)
         tensors = [*module.parameters(), *module.buffers()]
         storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}
         HELD["stand_ins"][stage] = sum(storages.values())

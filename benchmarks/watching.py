@@ -26,9 +26,9 @@ def enter(stage: str) -> None:
         STAGE["now"] = stage
 
 
-# What this process holds beyond torch's memory (GiB, None: the driver says), and the bytes of the
-# random weights that stand for a file's pages.
-HELD: dict[str, Any] = {"context": None, "stand_ins": {}}
+# What this process holds beyond torch's memory (GiB, None: the driver says), the bytes of the
+# random weights that stand for a file's pages, and a file to make once the GPU is not needed.
+HELD: dict[str, Any] = {"context": None, "stand_ins": {}, "given_back": None}
 
 
 @contextmanager

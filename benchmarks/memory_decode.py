@@ -1,0 +1,157 @@
+"""How little of a GPU the VAE's decoder goes in, with segments that are fixed or can grow."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.pipelines import T2V, TI2V, CutOffError
+from benchmarks.random_models import random_vae
+from benchmarks.watching import DEVICE, clear
+from sagewan.model.vae import decode_pieces, decode_tiles
+from sagewan.pipeline.decode import frame_bytes
+from sagewan.pipeline.probe import probe
+from sagewan.plan.budget import CONTEXT, GIB, decode_stage, with_overhead
+from sagewan.plan.decoding import Decoding, plan_decoding
+from sagewan.plan.models import PUBLISHED, Model
+from sagewan.plan.pretend import pretend
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is decoded: a model's latents of four latent frames, whole or in tiles of cells."""
+
+    name: str
+    size: tuple[int, int]
+    tile: tuple[int, int] | None
+
+    @property
+    def model(self) -> Model:
+        return PUBLISHED[self.name]
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        width, height = self.size
+        return 4, height // self.model.spatial, width // self.model.spatial
+
+    @property
+    def decoding(self) -> Decoding:
+        return plan_decoding(pretend(probe(), gpu=None, vram=80).devices[0], "bfloat16", self.size)
+
+
+SHAPES = (
+    Shape(T2V, (1280, 720), (90, 80)),
+    Shape(TI2V, (1280, 704), (44, 40)),
+    Shape(T2V, (1280, 720), None),
+    Shape(T2V, (1280, 720), (90, 54)),
+    Shape(T2V, (832, 480), None),
+    Shape(T2V, (1920, 1088), (68, 120)),
+    Shape(TI2V, (1280, 704), (22, 40)),
+    Shape(T2V, (960, 544), None),
+    Shape(T2V, (1280, 720), (45, 80)),
+    Shape(TI2V, (1280, 704), None),
+)
+# How often the least is halved in on, between what is allocated and what would be held.
+_HALVINGS = 3
+
+
+def decode() -> dict[str, Any]:
+    """Of each shape, GiB beyond the CUDA context: planned; allocated, held without a limit, and the
+    least limit it went in, with its seconds; with fixed segments and with those that can grow."""
+    found: list[dict[str, Any]] = []
+    try:
+        for shape in SHAPES:
+            found.append(_planned(shape))
+            for mode in ("fixed", "growing"):
+                with _segments(growing=mode == "growing"):
+                    found[-1][mode] = _least(shape, found[-1]["planned"])
+            print(found[-1], flush=True)
+    except CutOffError:
+        return {"shapes": found, "cut off": True}
+    return {"shapes": found}
+
+
+def _planned(shape: Shape) -> dict[str, Any]:
+    stage = decode_stage(
+        shape.model, shape.latents, shape.tile, on_device=True, decoding=shape.decoding
+    )
+    items = {item.name: item.device / GIB for item in stage.items}
+    planned = (with_overhead(stage, on_device=True).device - CONTEXT) / GIB
+    facts = {"vae": items["VAE"], "activations": items["activations"], "planned": planned}
+    rounded = {key: round(value, 3) for key, value in facts.items()}
+    return {"model": shape.name, "size": shape.size, "tile": shape.tile, **rounded}
+
+
+def _least(shape: Shape, planned: float) -> dict[str, Any]:
+    vae = random_vae(shape.model, shape.decoding).eval().to(DEVICE)
+    latents = torch.randn(1, shape.model.latent_channels, *shape.latents, device=DEVICE)
+    latents = latents.to(vae.dtype)
+    try:
+        _decoded(latents, vae, shape)  # its kernels are chosen and loaded
+        seconds, allocated, held = _decoded(latents, vae, shape)
+    except torch.OutOfMemoryError:
+        return {"failed": "out of memory"}  # others have the rest of the GPU
+    tried: dict[float, float | None] = {round(held, 3): round(seconds, 2)}
+
+    def goes_in(gib: float) -> bool:
+        with _limited(gib):
+            try:
+                tried[round(gib, 3)] = round(_decoded(latents, vae, shape)[0], 2)
+            except torch.OutOfMemoryError:
+                tried[round(gib, 3)] = None
+        return tried[round(gib, 3)] is not None
+
+    low, high = allocated, held
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if goes_in(middle) else (middle, high)
+    return {
+        "allocated": round(allocated, 3),
+        "held": round(held, 3),
+        "least": round(high, 3),
+        "seconds": {str(gib): tried[gib] for gib in sorted(tried)},
+        "goes in what is planned": goes_in(planned),
+    }
+
+
+def _decoded(latents: Tensor, vae: Any, shape: Shape) -> tuple[float, float, float]:
+    """Seconds, GiB allocated, GiB held."""
+    clear()
+    began = time.perf_counter()
+    with torch.inference_mode():
+        if shape.tile is None:
+            for piece in decode_pieces(latents, vae, shape.decoding.at_once):
+                frame_bytes(piece)
+        else:
+            for _, _, piece in decode_tiles(latents, vae, shape.tile):
+                frame_bytes(piece).cpu()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    allocated, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return seconds, allocated / GIB, held / GIB
+
+
+@contextmanager
+def _limited(gib: float) -> Iterator[None]:
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.mem_get_info()[1])
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextmanager
+def _segments(*, growing: bool) -> Iterator[None]:
+    # There is no public way once CUDA is in use.
+    change = torch._C._accelerator_setAllocatorSettings  # type: ignore[attr-defined] # noqa: SLF001
+    clear()
+    change(f"expandable_segments:{growing}")
+    try:
+        yield
+    finally:
+        clear()
+        change("expandable_segments:False")

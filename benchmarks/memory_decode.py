@@ -15,8 +15,10 @@ from benchmarks.watching import DEVICE, clear
 from sagewan.model.vae import decode_pieces, decode_tiles
 from sagewan.pipeline.decode import frame_bytes
 from sagewan.pipeline.probe import probe
-from sagewan.plan.budget import CONTEXT, GIB, decode_stage, with_overhead
+from sagewan.plan.budget.stage import CONTEXT, with_overhead
+from sagewan.plan.budget.vae import decode_stage
 from sagewan.plan.decoding import Decoding, plan_decoding
+from sagewan.plan.hardware import GIB
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.pretend import pretend
 

@@ -19,9 +19,10 @@ from sagewan.model.blocks import Blocks
 from sagewan.model.linear import Multiplier
 from sagewan.pipeline.probe import probe
 from sagewan.pipeline.session import Session
-from sagewan.plan.budget import GIB, Chunks
+from sagewan.plan.budget.transformer import Chunks
 from sagewan.plan.catalogue import row_named
 from sagewan.plan.evidence import Evidence
+from sagewan.plan.hardware import GIB
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.plan import Plan, make_plan
 from sagewan.plan.request import Request

@@ -32,9 +32,10 @@ from sagewan.pipeline.probe import probe
 from sagewan.pipeline.progress import Event, Watch
 from sagewan.pipeline.run import Prepared, execute
 from sagewan.plan.blocks import block_rows
-from sagewan.plan.budget import GIB, block_parameters
+from sagewan.plan.budget.transformer import block_parameters
 from sagewan.plan.catalogue import ROWS
 from sagewan.plan.evidence import Evidence, SelfTest
+from sagewan.plan.hardware import GIB
 from sagewan.plan.linear import LINEAR_ROWS
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.plan import Plan, make_plan

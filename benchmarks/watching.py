@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sagewan.plan.budget import GIB
+from sagewan.plan.hardware import GIB
 
 DEVICE = "cuda:0"
 STAGE: dict[str, Any] = {"now": "load", "allocated": {}}

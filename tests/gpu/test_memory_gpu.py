@@ -13,7 +13,7 @@ from sagewan.memory.pinned import CudaRegister, PinnedMemory
 from sagewan.memory.placement import Place, Placement
 from sagewan.memory.upload import upload
 from sagewan.pipeline.session import Session
-from sagewan.plan.budget import Chunks
+from sagewan.plan.budget.transformer import Chunks
 from tests.gpu.test_pipeline_gpu import gpu_plan
 from tests.memory.test_swap import Stack
 from tests.pipeline.runs import difference, latents_of

@@ -13,8 +13,9 @@ from sagewan.model import vae as module
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.fused import FusedBlock
 from sagewan.model.transformer import install
-from sagewan.plan import budget
-from sagewan.plan.budget import Chunks
+from sagewan.plan.budget.text import text_stage
+from sagewan.plan.budget.transformer import Chunks, activations, roomy_chunks
+from sagewan.plan.budget.vae import decode_bytes, encode_bytes, vae_costs
 from sagewan.plan.decoding import Decoding
 from sagewan.plan.models import PUBLISHED
 from tests.model.test_attention import PLAN
@@ -68,7 +69,7 @@ def test_activations_of_the_transformer(
     text = torch.empty(1, 512, 4096, device="meta", dtype=torch.bfloat16)
     with torch.no_grad(), attention.during(turn), Meter() as meter:
         transformer(latents, torch.empty(1, device="meta"), text)
-    counted = budget.activations(model, model.tokens(size, frames), 2, chunks, quantised=False)
+    counted = activations(model, model.tokens(size, frames), 2, chunks, quantised=False)
     assert LOW < counted / meter.peak < HIGH, (counted / meter.peak, meter.peak / 2**30)
 
 
@@ -101,14 +102,14 @@ def test_activations_of_a_fused_block_with_all_heads_at_once(
             layer.__class__ = linear
     install(transformer, attention, lambda *given: FusedBlock(*given, NoKernels()))  # type: ignore[arg-type]
     tokens = model.tokens((width, height), frames)
-    chunks = budget.roomy_chunks(tokens)
+    chunks = roomy_chunks(tokens)
     turn = Turn(PLAN, 1, lambda: None, chunk=chunks.tokens, heads=chunks.heads)
     shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
     latents = torch.empty(shape, device="meta", dtype=torch.bfloat16)
     text = torch.empty(1, 512, 4096, device="meta", dtype=torch.bfloat16)
     with torch.no_grad(), attention.during(turn), Meter() as meter:
         transformer(latents, torch.empty(1, device="meta"), text)
-    counted = budget.activations(model, tokens, 2, chunks, quantised=False)
+    counted = activations(model, tokens, 2, chunks, quantised=False)
     # Whatever rounds them or not, there is room for it; never half as much again.
     assert 1 <= counted / meter.peak < 1.5, (counted / meter.peak, meter.peak / 2**30)
 
@@ -156,12 +157,12 @@ def test_decoding(name: str, dtype: torch.dtype, at_once: int, tile: int | None)
                 pass
         else:
             # What waits for its tile lies on the host.
-            features = 3 * rows * columns * budget.vae_costs(model).features
+            features = 3 * rows * columns * vae_costs(model).features
             features = features * dtype.itemsize // 4
             for _ in module.decode_tiles(latents, vae, size):
                 pass
     decoding = Decoding(dtype=str(dtype)[6:], at_once=at_once)
-    counted = budget.decode_bytes(model, (rows, columns), size, decoding)
+    counted = decode_bytes(model, (rows, columns), size, decoding)
     peak = meter.peak - features
     # Several frames at once are small ones, of which too much may be counted.
     high = HIGH if at_once == 1 else 1.4
@@ -189,9 +190,9 @@ def test_the_text_encoder(dtype: torch.dtype) -> None:
         block(hidden, attention_mask=mask)
     model = PUBLISHED["wan2.1-t2v-14b"]
     size = dtype.itemsize
-    stages = [budget.text_stage(model, size, n, on_device=True) for n in (0, 3)]
-    activations = next(item for item in stages[0].items if item.name == "activations")
-    assert LOW < activations.device / meter.peak < HIGH, (activations.device, meter.peak)
+    stages = [text_stage(model, size, n, on_device=True) for n in (0, 3)]
+    active = next(item for item in stages[0].items if item.name == "activations")
+    assert LOW < active.device / meter.peak < HIGH, (active.device, meter.peak)
     # Three swapped blocks are two on the device and two in pinned buffers that hold them.
     weights = sum(parameter.nbytes for parameter in block.parameters())
     assert abs((stages[0].device - stages[1].device) / weights - 1) < 0.01
@@ -207,8 +208,8 @@ def test_encoding(name: str, tile: tuple[int, int] | None) -> None:
     video = torch.empty(1, 3, 4, 480, 832, device="meta")
     with torch.no_grad(), Meter() as meter:
         module.encode(lambda start, stop: video[:, :, : stop - start], 9, vae, tile)
-    counted = budget.encode_bytes(model, (rows, columns), tile)
-    features = 0 if tile is None else 3 * rows * columns * budget.vae_costs(model).features
+    counted = encode_bytes(model, (rows, columns), tile)
+    features = 0 if tile is None else 3 * rows * columns * vae_costs(model).features
     peak = meter.peak - features
     assert LOW < counted / peak < HIGH + 0.1, (counted / peak, peak / 2**30)
 

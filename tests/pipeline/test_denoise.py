@@ -17,7 +17,7 @@ from sagewan.pipeline.decode import decode, decode_batch
 from sagewan.pipeline.denoise import NotFinite, denoise, predict, start
 from sagewan.pipeline.guard import FrameGuard
 from sagewan.pipeline.progress import Event, Watch
-from sagewan.plan.budget import Chunks
+from sagewan.plan.budget.transformer import Chunks
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import SCHEDULERS
 from tests.pipeline.runs import latents_of, picture, plan_for

@@ -24,7 +24,7 @@ from sagewan.pipeline import conditions, decode, denoise
 from sagewan.pipeline.build import build
 from sagewan.pipeline.run import generate
 from sagewan.pipeline.session import Part, Session
-from sagewan.plan.budget import Chunks
+from sagewan.plan.budget.transformer import Chunks
 from sagewan.plan.memory import MemoryPlan
 from sagewan.plan.plan import Plan
 from tests.pipeline.runs import difference, latents_of, plan_for

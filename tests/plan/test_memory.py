@@ -2,15 +2,25 @@
 
 import re
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagewan.plan import budget
-from sagewan.plan.budget import GIB, Chunks, activations, block_parameters, tile_sizes
+from sagewan.plan.budget.stage import CONTEXT, WORKSPACE
+from sagewan.plan.budget.text import UMT5_BLOCKS
+from sagewan.plan.budget.transformer import (
+    Chunks,
+    Weights,
+    activations,
+    block_parameters,
+    usual_chunks,
+)
+from sagewan.plan.budget.vae import tile_sizes
 from sagewan.plan.evidence import Evidence, Shortage
+from sagewan.plan.hardware import GIB
 from sagewan.plan.layers import weight_shapes
 from sagewan.plan.models import PUBLISHED
 from sagewan.plan.parse import parsed
@@ -44,7 +54,7 @@ def test_blocks_and_what_is_around_them_are_all_parameters(name: str) -> None:
     assert 0 < around < 0.06 * model.parameters
     # The table of every weight agrees, but for biases.
     in_blocks = sum(
-        budget.prod(shape)
+        prod(shape)
         for weight, shape in weight_shapes(model).items()
         if weight.startswith("blocks.")
     )
@@ -89,7 +99,7 @@ def test_no_more_is_swapped_than_is_needed() -> None:
     found = plan(vram=12, quantization="fp8_scaled").memory
     assert 3 <= found.block_swap < 40
     denoise = next(stage for stage in found.stages if stage.name == "denoise")
-    weights = budget.Weights.of(T2V, plan(quantization="fp8_scaled").weights.bytes, 2)
+    weights = Weights.of(T2V, plan(quantization="fp8_scaled").weights.bytes, 2)
     assert denoise.device + weights.block > found.room
 
 
@@ -266,11 +276,11 @@ def test_after_a_shortage_the_next_plan_takes_less(stage: str) -> None:
             assert after.block_swap > before.block_swap or before.block_swap == 40
             assert (after.chunks.tokens or 0) <= (before.chunks.tokens or 0)
         elif stage == "text":
-            assert after.text_swap == budget.UMT5_BLOCKS
+            assert after.text_swap == UMT5_BLOCKS
         else:
             new = after.encode_tile if stage == "picture" else after.decode_tile
             assert new is not None
-            assert tile is None or budget.prod(new) < budget.prod(tile)
+            assert tile is None or prod(new) < prod(tile)
         before = after
 
 
@@ -289,7 +299,7 @@ def test_the_run_that_was_measured_is_planned_as_it_went() -> None:
     for found_, taken in ((memory, 5.41), (large, 13.94)):
         decode = next(stage for stage in found_.stages if stage.name == "decode")
         own = sum(item.device for item in decode.items if item.name != "waiting transformer")
-        assert 1.0 <= (own - budget.CONTEXT - budget.WORKSPACE) / GIB / taken < 1.2
+        assert 1.0 <= (own - CONTEXT - WORKSPACE) / GIB / taken < 1.2
     # With 21 blocks swapped, denoising took 9.86 GiB of the device and pinned 6.881 of the host.
     more = plan(quantization="fp8_scaled", size=(832, 480), attention="sdpa", block_swap=21)
     denoise = next(stage for stage in more.memory.stages if stage.name == "denoise")
@@ -308,13 +318,13 @@ def test_the_run_that_was_measured_is_planned_as_it_went() -> None:
 def test_tiles_come_largest_first_and_the_first_is_everything(rows: int, columns: int) -> None:
     sizes = tile_sizes((rows, columns))
     assert sizes[0] == (rows, columns)
-    areas = [budget.prod(size) for size in sizes]
+    areas = [prod(size) for size in sizes]
     assert areas == sorted(areas, reverse=True)
 
 
 def test_activations_at_480p_and_720p_stay_below_what_was_promised() -> None:
     for tokens, limit in ((32_760, 1.5), (75_600, 3.3)):
-        chunks = budget.usual_chunks(T2V, tokens)
+        chunks = usual_chunks(T2V, tokens)
         assert activations(T2V, tokens, 2, chunks, quantised=False) <= limit * GIB
 
 
@@ -348,8 +358,8 @@ def test_minutes_grow_with_steps_and_length_and_shrink_with_the_card() -> None:
 
 
 def test_chunks_are_for_long_sequences() -> None:
-    assert budget.usual_chunks(T2V, 1000) == Chunks(None, None)
-    assert budget.usual_chunks(T2V, 75_600) == Chunks(4096, 8)
+    assert usual_chunks(T2V, 1000) == Chunks(None, None)
+    assert usual_chunks(T2V, 75_600) == Chunks(4096, 8)
 
 
 def test_what_only_saves_time_is_kept_where_all_blocks_are() -> None:

@@ -10,7 +10,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from sagewan.plan.budget import UPLOAD, UPLOADS
+from sagewan.plan.budget.stage import UPLOAD, UPLOADS
 
 # What is smaller is not worth a buffer.
 _LEAST = 1 << 20

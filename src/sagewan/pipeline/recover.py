@@ -11,7 +11,7 @@ from sagewan.errors import RejectedError, UnsupportedError
 from sagewan.pipeline.decide import Decision, blame, not_finite
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.report import Change
-from sagewan.plan.budget import UMT5_BLOCKS
+from sagewan.plan.budget.text import UMT5_BLOCKS
 from sagewan.plan.evidence import Shortage
 from sagewan.plan.hardware import GIB
 from sagewan.plan.memory import MemoryPlan

@@ -12,7 +12,7 @@ import torch
 from sagewan.memory.heap import give_back_heap
 from sagewan.memory.placement import Place, Placement
 from sagewan.pipeline.progress import Watch
-from sagewan.plan.budget import CONTEXT
+from sagewan.plan.budget.stage import CONTEXT
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.lora import LoraFile
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from sagewan.errors import RequestError
 
+MIB = 2**20
 GIB = 2**30
 
 

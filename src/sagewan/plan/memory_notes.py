@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from sagewan.plan.budget import GIB
-from sagewan.plan.hardware import Hardware
+from sagewan.plan.budget.needs import Needs
+from sagewan.plan.hardware import GIB, Hardware
 from sagewan.plan.linear import E4M3
-from sagewan.plan.memory import LEAST_SWAP, MemoryPlan, Needs, plan_memory
+from sagewan.plan.memory import LEAST_SWAP, MemoryPlan, plan_memory
 from sagewan.plan.models import Model
 from sagewan.plan.weights import weight_bytes
 
@@ -87,14 +87,14 @@ def _fitting(needs: Needs, hardware: Hardware) -> str:
     model = needs.model
 
     def shorter(frames: int) -> Needs:
-        return _resized(needs, needs.grid_size, frames)
+        return replace(needs, frames=frames)
 
     def narrower(hundredths: int) -> Needs:
         width, height = (
             _near(side * hundredths / 100, step)
             for side, step in zip(needs.grid_size, model.grid, strict=True)
         )
-        return _resized(needs, (width, height), needs.frames)
+        return replace(needs, grid_size=(width, height))
 
     lengths = [shorter(frames) for frames in range(5, needs.frames, 4)]
     sizes = [narrower(hundredths) for hundredths in range(20, 100, 2)]
@@ -138,11 +138,6 @@ def _in_bfloat16(needs: Needs) -> Needs:
     backed = not needs.model.made_anew("transformer", "bfloat16")
     half = needs.weight_bytes // 2
     return replace(needs, dtype="bfloat16", weight_bytes=half, file_backed=backed)
-
-
-def _resized(needs: Needs, grid_size: tuple[int, int], frames: int) -> Needs:
-    tokens = needs.model.tokens(grid_size, frames)
-    return replace(needs, grid_size=grid_size, frames=frames, tokens=tokens)
 
 
 def _largest_fitting(many: list[Needs], hardware: Hardware) -> Needs | None:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from sagewan.errors import RequestError
 from sagewan.plan.attention import AttentionPlan, plan_attention
 from sagewan.plan.blocks import BlockPlan, plan_blocks
+from sagewan.plan.budget.needs import Needs
 from sagewan.plan.catalogue import Problem
 from sagewan.plan.decoding import Decoding, plan_decoding
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.hardware import GIB, Device, Hardware
 from sagewan.plan.lora import LoraFile, taught_schedule
-from sagewan.plan.memory import MemoryPlan, Needs, plan_memory
+from sagewan.plan.memory import MemoryPlan, plan_memory
 from sagewan.plan.memory_notes import memory_notes
 from sagewan.plan.models import FIRST_LAST_FRAME, IMAGE_TO_VIDEO, TEXT_TO_VIDEO, Model
 from sagewan.plan.modes import AUTO, MODES, PRESETS, Preset, Quality
@@ -111,7 +112,6 @@ def make_plan(
         dtype=dtype,
         grid_size=grid_size,
         frames=frames,
-        tokens=tokens,
         weight_bytes=weights.bytes,
         lora_bytes=sum(file.nbytes for file in loras),
         texts=max(steps.passes),

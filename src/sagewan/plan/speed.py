@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 
-from sagewan.plan.budget import vae_costs
+from sagewan.plan.budget.vae import vae_costs
 from sagewan.plan.hardware import Device
 from sagewan.plan.layers import block_layers
 from sagewan.plan.linear import NVFP4

@@ -62,6 +62,10 @@ def test_a_step_cache_is_one_more_axis_and_what_it_reuses_is_told(tmp_path: Path
     # The weights are the same, so that one forward pass loses nothing.
     assert cached["dit"]["value"] == 0
     assert 10 < cached["psnr"]["value"] < 100
+    # Together or one by one: each clip is reused as often, and looks the same.
+    alone = evaluate(replace(wanted, cache=(None, cache), folder=tmp_path / "alone", batch=1))
+    assert alone.entries[1]["reused"] == cached["reused"]
+    assert alone.entries[1]["psnr"]["value"] == pytest.approx(cached["psnr"]["value"], abs=0.5)
 
 
 def test_sparsity_is_one_more_axis_and_what_it_leaves_out_is_told(tmp_path: Path) -> None:

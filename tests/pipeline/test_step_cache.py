@@ -41,7 +41,10 @@ def walk(
         latents = torch.full((1, 4), 1 + step / steps)
         calls: list[Tensor] = []
 
-        def compute(calls: list[Tensor] = calls, latents: Tensor = latents) -> Tensor:
+        def compute(
+            videos: Tensor | None, calls: list[Tensor] = calls, latents: Tensor = latents
+        ) -> Tensor:
+            assert videos is None  # there is one alone
             calls.append(latents)
             return answer(latents)
 
@@ -83,10 +86,46 @@ def test_the_pass_without_the_prompt_follows_the_one_with_it() -> None:
     for step in range(10):
         before = forwards.reused
         for part, answer in ((PROMPT, 3.0), (NEGATIVE, step + 5.0)):
-            found = reuse.forward(step, 0, part, latents, lambda answer=answer: latents * answer)  # type: ignore[misc]
+            found = reuse.forward(step, 0, part, latents, lambda _, answer=answer: latents * answer)  # type: ignore[misc]
         assert forwards.reused - before in (0, 2)
         assert float(found.mean()) <= step + 5.0
     assert forwards.reused == 2 * 7
+
+
+def test_each_video_of_a_batch_is_reused_as_it_is_alone() -> None:
+    """Of three videos one never changes, one changes slowly, one fast: each is computed when it
+    would be alone, and gets its own answers."""
+    speeds = torch.tensor([[0.0], [0.8], [3.0]])
+    plan = plan_cache(StepCache(method="easy", threshold=0.1), [2] * 20)
+
+    def course(speeds: Tensor) -> tuple[list[Tensor], Forwards, list[int]]:
+        forwards, answers, sizes = Forwards(), [], []
+        reuse = Reuse(plan, forwards)
+        for step in range(20):
+            latents = torch.full((len(speeds), 4), 1 + step / 20)
+            for part, offset in ((PROMPT, 1.0), (NEGATIVE, -1.0)):
+                every = offset + speeds * latents
+
+                def compute(videos: Tensor | None, every: Tensor = every) -> Tensor:
+                    chosen = every if videos is None else every[videos]
+                    sizes.append(len(chosen))
+                    return chosen
+
+                answers.append(reuse.forward(step, 0, part, latents, compute))
+        return answers, forwards, sizes
+
+    answers, forwards, sizes = course(speeds)
+    assert forwards.count == 40
+    assert {1, 2, 3} <= set(sizes)
+    shares = forwards.shares()
+    assert shares[0] > shares[1] > shares[2] > 0
+    for place, speed in enumerate(speeds):
+        alone, of_one, _ = course(speed[None])
+        assert of_one.shares() == [shares[place]]
+        for together, by_itself in zip(answers, alone, strict=True):
+            torch.testing.assert_close(together[place], by_itself[0])
+    # Of the batch only what was computed for none is counted as left out.
+    assert forwards.reused / forwards.count <= shares[2]
 
 
 def test_a_cache_that_reuses_nothing_changes_no_bit(shrunken_folder: Folder) -> None:

@@ -148,17 +148,15 @@ def _latents(
 ) -> tuple[Tensor, list[float]]:
     """The batch's latents [B, C, F, H, W], and of each clip the share of the forward passes that
     were reused. Where a clip stops being finite every clip goes on alone, so that the others are
-    what they are, and that one is NaN; with a step cache, which decides for one video, each is
-    alone from the start."""
+    what they are, and that one is NaN."""
     forwards = Forwards()
-    if plan.cache is None or len(noise.latents) == 1:
-        parts = replace(components, forwards=forwards)
-        try:
-            latents = denoise(parts, plan, conditions, watch, resume=noise)
-            return latents, [forwards.reused / forwards.count] * len(latents)
-        except NotFinite:
-            if len(noise.latents) == 1:
-                return torch.full_like(noise.latents, math.nan), [0.0]
+    parts = replace(components, forwards=forwards)
+    try:
+        latents = denoise(parts, plan, conditions, watch, resume=noise)
+        return latents, forwards.shares()
+    except NotFinite:
+        if len(noise.latents) == 1:
+            return torch.full_like(noise.latents, math.nan), [0.0]
     alone, shares = [], []
     for clip in range(len(noise.latents)):
         own = Conditions(prompt=conditions.prompt[clip : clip + 1], negative=conditions.negative)

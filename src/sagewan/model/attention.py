@@ -28,7 +28,7 @@ class Turn:
     at a time; None is all. ``text`` names the text of the pass under way; where there is room,
     ``known`` keeps each layer's keys and values of each text, which no step changes; ``residuals``
     keeps what the blocks add, where a step cache wants it. They belong to one transformer: another
-    begins with none.
+    begins with none. ``whole`` is false where a pass is of some videos of a batch alone.
     """
 
     plan: AttentionPlan
@@ -38,6 +38,7 @@ class Turn:
     chunk: int | None = None
     heads: int | None = None
     text: str = ""
+    whole: bool = True
     known: dict[tuple[int, str], KeysValues] | None = None
     residuals: Residuals = field(default_factory=Residuals)
     sparsity: SparsityPlan | None = None
@@ -102,9 +103,10 @@ class Attention:
         return turn.plan.choice(turn.step, turn.steps, layer)
 
     def keys_of_text(self, layer: int, compute: Callable[[], KeysValues]) -> KeysValues:
-        """The keys and values of this pass's text in a layer, computed once where they are kept."""
+        """The keys and values of this pass's text in a layer, computed once where they are kept:
+        those of a whole batch."""
         known, place = self.turn.known, (layer, self.turn.text)
-        if known is None:
+        if known is None or not self.turn.whole:
             return compute()
         if place not in known:
             known[place] = compute()

@@ -26,8 +26,10 @@ from sagewan.plan.plan import Plan
 
 logger = logging.getLogger(__name__)
 
+# How the answer to a pass is computed: for the videos at these places of a batch, None for all.
+Compute = Callable[[Tensor | None], Tensor]
 # One of guidance's passes: which, for which latents, and how its answer is computed.
-Pass = Callable[[str, Tensor, Callable[[], Tensor]], Tensor]
+Pass = Callable[[str, Tensor, Compute], Tensor]
 
 
 @dataclass(frozen=True)
@@ -215,8 +217,8 @@ def _experts(components: Components, plan: Plan) -> Iterator[Callable[[int], Any
             components.attention.turn.forget_texts()
 
 
-def _computed(_part: str, _latents: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    return compute()
+def _computed(_part: str, _latents: Tensor, compute: Compute) -> Tensor:
+    return compute(None)
 
 
 @dataclass(frozen=True)
@@ -237,11 +239,13 @@ class _Forward:
         without = passed(NEGATIVE, latents, partial(self._predict, latents, time, NEGATIVE))
         return without + scale * (answer - without)
 
-    def _predict(self, latents: Tensor, time: Tensor, part: str) -> Tensor:
+    def _predict(self, latents: Tensor, time: Tensor, part: str, videos: Tensor | None) -> Tensor:
         dtype = self.transformer.dtype
-        self.turn.text = part
+        self.turn.text, self.turn.whole = part, videos is None
         text = self.conditions.prompt if part == PROMPT else self.conditions.negative
         assert text is not None
+        if videos is not None:
+            latents, text = latents[videos], text[videos] if len(text) > 1 else text
         picture = self.conditions.picture
         prediction: Tensor = self.transformer(
             hidden_states=self._inputs(latents).to(dtype),

@@ -10,7 +10,7 @@ last computed v at once it is off by less, and on a nearly straight flow v itsel
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from sagewan.model.residuals import Residuals
 
+    # Answers [b, C, F, H, W] to a pass, for the videos at these places of a batch; None for all.
+    Compute = Callable[[Tensor | None], Tensor]
+
 PROMPT, NEGATIVE = "prompt", "negative"
 # Nothing is divided by less.
 _LEAST = 1e-12
@@ -28,49 +31,63 @@ _LEAST = 1e-12
 
 class Forwards:
     """Which forward passes of a run were computed, and which were reused; a step that is made again
-    counts once, as it was made last."""
+    counts once, as it was made last. Of a batch, for each video by itself."""
 
     def __init__(self) -> None:
-        self._reused: dict[tuple[int, str], bool] = {}
+        self._reused: dict[tuple[int, str], tuple[bool, ...]] = {}
 
-    def note(self, step: int, part: str, *, reused: bool) -> None:
-        """One of guidance's passes at a step (from 0)."""
-        self._reused[step, part] = reused
+    def note(self, step: int, part: str, *, reused: Sequence[bool]) -> None:
+        """One of guidance's passes at a step (from 0), of each video of the batch."""
+        self._reused[step, part] = tuple(reused)
 
     @property
     def count(self) -> int:
+        """Passes of a video."""
         return len(self._reused)
 
     @property
     def reused(self) -> int:
-        """How many were not computed."""
-        return sum(self._reused.values())
+        """How many were computed for no video."""
+        return sum(map(all, self._reused.values()))
+
+    def shares(self) -> list[float]:
+        """Of each video the share of its passes that was reused."""
+        return [sum(of_video) / self.count for of_video in zip(*self._reused.values(), strict=True)]
 
     def steps(self) -> tuple[int, ...]:
         """The steps, from 1, at which any was reused."""
-        return tuple(sorted({step + 1 for (step, _), reused in self._reused.items() if reused}))
+        return tuple(
+            sorted({step + 1 for (step, _), reused in self._reused.items() if any(reused)})
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Course:
-    """The prompt's pass through one expert, as it was last computed: the ``latents`` it was given
-    and the ``answer`` it gave, both [B, C, F, H, W] float32, and the ``rate`` |Δv| / |Δx| to them
-    from those computed before, None for the first."""
+    """The prompt's pass through one expert, as it was last computed for each video: the ``latents``
+    it was given and the ``answer`` it gave, both [B, C, F, H, W] float32, and the ``rate`` [B]
+    |Δv| / |Δx| to them from those computed before, infinite for the first."""
 
     latents: "Tensor"
     answer: "Tensor"
-    rate: float | None = None
+    rate: "Tensor"
 
-    def computed(self, latents: "Tensor", answer: "Tensor") -> "_Course":
-        """As it goes on with a new answer."""
-        moved = max(_size(latents - self.latents), _LEAST)
-        return _Course(latents=latents, answer=answer, rate=_size(answer - self.answer) / moved)
+    @classmethod
+    def first(cls, latents: "Tensor", answer: "Tensor") -> "_Course":
+        return cls(latents=latents, answer=answer, rate=_size(latents) + math.inf)
 
-    def error(self, latents: "Tensor") -> float:
-        """How far the answer is off for these latents, as far as can be told: a share of it."""
-        if self.rate is None:
-            return math.inf
-        return self.rate * _size(latents - self.latents) / max(_size(self.answer), _LEAST)
+    def computed(self, videos: "Tensor", latents: "Tensor", answer: "Tensor") -> "_Course":
+        """As it goes on with new answers to some of the videos, whose places these are."""
+        moved = _size(latents - self.latents[videos]).clamp(min=_LEAST)
+        rate = _size(answer - self.answer[videos]) / moved
+        return _Course(
+            latents=self.latents.index_copy(0, videos, latents),
+            answer=self.answer.index_copy(0, videos, answer),
+            rate=self.rate.index_copy(0, videos, rate),
+        )
+
+    def error(self, latents: "Tensor") -> "Tensor":
+        """[B], how far the answer is off for these latents as far as can be told: a share of it."""
+        return self.rate * _size(latents - self.latents) / _size(self.answer).clamp(min=_LEAST)
 
 
 class Scheduled:
@@ -88,28 +105,29 @@ class Scheduled:
         return self
 
     def forward(
-        self, step: int, _expert: int, part: str, _: "Tensor", compute: "Callable[[], Tensor]"
+        self, step: int, _expert: int, part: str, latents: "Tensor", compute: "Compute"
     ) -> "Tensor":
         """The answer at a step (from 0), in one of guidance's passes."""
         residuals = self._residuals
         residuals.reuse = step in self._reused and residuals.knows(part)
         residuals.keep = step + 1 in self._reused
-        answer = compute()
-        self._forwards.note(step, part, reused=residuals.reuse)
+        answer = compute(None)
+        self._forwards.note(step, part, reused=[residuals.reuse] * len(latents))
         return answer
 
 
 class Reuse:
-    """EasyCache, or no cache: decides for each step whether it is computed, by the pass with the
-    prompt, which the other follows, because guidance multiplies their difference. The state is of
-    one run, and can be copied: what is in it is never changed."""
+    """EasyCache, or no cache: decides for each step, and for each video of a batch by itself,
+    whether it is computed, by the pass with the prompt, which the other follows, because guidance
+    multiplies their difference. The state is of one run, and can be copied: what is in it is never
+    changed."""
 
     def __init__(self, plan: CachePlan | None, forwards: Forwards) -> None:
         self._plan = plan
         self._forwards = forwards
         self._courses: dict[int, _Course] = {}
         self._negatives: dict[int, Tensor] = {}
-        self._reusing = False
+        self._reusing: list[bool] = []
 
     def copy(self) -> "Reuse":
         """The same state, unharmed by later steps of this one."""
@@ -118,45 +136,51 @@ class Reuse:
         return other
 
     def forward(
-        self, step: int, expert: int, part: str, latents: "Tensor", compute: "Callable[[], Tensor]"
+        self, step: int, expert: int, part: str, latents: "Tensor", compute: "Compute"
     ) -> "Tensor":
         """The answer of an expert to these latents at a step (from 0), in one of guidance's passes,
         the prompt's first: computed, or its last one."""
         if self._plan is None:
-            answer = compute()
+            answer, self._reusing = compute(None), [False] * len(latents)
         elif part == PROMPT:
             answer = self._prompt(self._plan, step, expert, latents, compute)
         else:
-            answer = self._negative(expert, compute)
+            answer = self._negative(expert, latents, compute)
         self._forwards.note(step, part, reused=self._reusing)
         return answer
 
     def _prompt(
-        self,
-        plan: CachePlan,
-        step: int,
-        expert: int,
-        latents: "Tensor",
-        compute: "Callable[[], Tensor]",
+        self, plan: CachePlan, step: int, expert: int, latents: "Tensor", compute: "Compute"
     ) -> "Tensor":
         course = self._courses.get(expert)
-        self._reusing = (
-            course is not None
-            and not plan.always(step)
-            and course.error(latents) < plan.cache.threshold
-        )
-        if course is None or not self._reusing:
-            answer = compute()
-            first = _Course(latents=latents, answer=answer)
-            course = course.computed(latents, answer) if course else first
-            self._courses[expert] = course
+        self._reusing = [False] * len(latents)
+        if course is None:
+            course = _Course.first(latents, compute(None))
+        else:
+            if not plan.always(step):
+                self._reusing = (course.error(latents) < plan.cache.threshold).tolist()
+            videos, wanted = self._computed(latents)
+            if len(videos):
+                course = course.computed(videos, latents[videos], compute(wanted))
+        self._courses[expert] = course
         return course.answer
 
-    def _negative(self, expert: int, compute: "Callable[[], Tensor]") -> "Tensor":
-        self._reusing = self._reusing and expert in self._negatives
-        if not self._reusing:
-            self._negatives[expert] = compute()
-        return self._negatives[expert]
+    def _negative(self, expert: int, latents: "Tensor", compute: "Compute") -> "Tensor":
+        known = self._negatives.get(expert)
+        if known is None:
+            self._reusing, known = [False] * len(latents), compute(None)
+        else:
+            videos, wanted = self._computed(latents)
+            if len(videos):
+                known = known.index_copy(0, videos, compute(wanted))
+        self._negatives[expert] = known
+        return known
+
+    def _computed(self, latents: "Tensor") -> "tuple[Tensor, Tensor | None]":
+        """The places of the videos that are computed, and how ``compute`` is told of them."""
+        places = [place for place, reused in enumerate(self._reusing) if not reused]
+        videos = latents.new_tensor(places).long()
+        return videos, None if len(places) == len(latents) else videos
 
 
 def begin(
@@ -172,5 +196,6 @@ def begin(
     return before.copy() if isinstance(before, Reuse) else Reuse(plan, forwards)
 
 
-def _size(x: "Tensor") -> float:
-    return float(x.abs().mean())
+def _size(x: "Tensor") -> "Tensor":
+    """The mean magnitude of each of [B, …]."""
+    return x.abs().flatten(1).mean(1)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,35 +102,45 @@ def test_what_another_moment_may_answer_otherwise_is_not_remembered(code: str) -
 def test_a_corrupt_file_is_ignored_and_replaced(
     folder: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder.mkdir()
-    path = folder / "self-tests.json"
+    store(PASSED, H100, HARDWARE, PROBLEM)
+    (path,) = (folder / "self-tests").iterdir()
     path.write_text(content, encoding="utf-8")
     with caplog.at_level(logging.WARNING):
         assert load_evidence(H100, HARDWARE, PROBLEM).tests == {}
-    assert bool(caplog.records) == (content != '{"a": 1}')
+    assert caplog.records
     store(PASSED, H100, HARDWARE, PROBLEM)
     assert load_evidence(H100, HARDWARE, PROBLEM).tests
 
 
 @pytest.mark.parametrize(
-    "values", [1, {}, {"objection": 3}, {"objection": {"code": "no-such-code", "values": {}}}]
+    "values", [{}, {"objection": 3}, {"objection": {"code": "no-such-code", "values": {}}}]
 )
 def test_a_corrupt_entry_is_ignored(
     folder: Path, values: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     store(PASSED, H100, HARDWARE, PROBLEM)
-    path = folder / "self-tests.json"
-    (key,) = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({key: values}), encoding="utf-8")
+    (path,) = (folder / "self-tests").iterdir()
+    path.write_text(json.dumps(values), encoding="utf-8")
     assert load_evidence(H100, HARDWARE, PROBLEM).tests == {}
     assert ROW in caplog.text
 
 
-def test_nothing_is_left_beside_the_file(folder: Path) -> None:
+def test_each_is_a_file_that_says_what_it_is_for(folder: Path) -> None:
     store(PASSED, H100, HARDWARE, PROBLEM)
     store(PASSED, replace(H100, name="another"), HARDWARE, PROBLEM)
-    assert [path.name for path in folder.iterdir()] == ["self-tests.json"]
-    assert len(json.loads((folder / "self-tests.json").read_text(encoding="utf-8"))) == 2
+    files = sorted((folder / "self-tests").iterdir())
+    said = [json.loads(path.read_text(encoding="utf-8"))["for"] for path in files]
+    assert sorted(f"device {name};" in key for key in said for name in ("another", H100.name)) == [
+        *(False, False),
+        *(True, True),
+    ]
+
+
+def test_runs_that_store_at_the_same_time_lose_nothing() -> None:
+    gpus = [replace(H100, name=f"GPU {i}") for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda gpu: store(PASSED, gpu, HARDWARE, PROBLEM), gpus))
+    assert all(load_evidence(gpu, HARDWARE, PROBLEM).tests for gpu in gpus)
 
 
 def test_a_folder_that_cannot_be_made_is_only_a_warning(

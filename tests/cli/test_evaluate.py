@@ -17,7 +17,7 @@ def test_a_table_is_printed(sagewan: Sagewan, tmp_path: Path) -> None:
         *("-o", tmp_path / "out"),
     )
     assert said.code == 0
-    assert said.out.startswith("demo, 2 clips of 64×64×5, 1 steps (unipc), cfg 1,")
+    assert said.out.startswith("demo, 2 clips of 64×64×5, 1 step (unipc), cfg 1,")
     assert "| sageattn_3_fp4 | sageattn_3_fp4 (emulated.sageattn_3_fp4, emulated) |" in said.out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("table.md", "table.json", "table.svg", "clips.jsonl"),

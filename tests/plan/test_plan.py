@@ -113,7 +113,7 @@ def test_ends_leave_steps_to_the_mode_between_them(first: int, last: int, refuse
     if not refused:
         assert plan_for(attention_ends=ends, **fields).attention.first == first
         return
-    with pytest.raises(RequestError, match="all 4 steps, so that flash_attn would never run"):
+    with pytest.raises(RequestError, match="4 in all, none is left for flash_attn"):
         plan_for(attention_ends=ends, **fields)
 
 

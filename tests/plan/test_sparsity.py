@@ -51,7 +51,7 @@ def test_the_first_quarter_of_the_steps_and_the_first_layer_see_everything() -> 
     chosen = plan_of(steps=16, sparsity=replace(RADIAL, dense=0)).sparsity
     assert chosen
     assert chosen.sparse_at(0)
-    with pytest.raises(RequestError, match="all 4 steps would be dense"):
+    with pytest.raises(RequestError, match="every step, 4 in all, would be dense"):
         plan_of(steps=4, sparsity=replace(RADIAL, dense=4))
 
 

@@ -287,8 +287,16 @@ def test_uploads_that_nothing_names_are_removed_when_they_are_old(queue: Queue) 
     assert not sent.exists()
     queue.cancel(job)
     queue.remove(job)
+    # What gradio made for the one that was sent goes with it, once nothing changed there for long.
+    os.utime(sent.parent, (old, old))
     assert sweep(queue) == 1
     assert not of_job.exists()
+    assert not sent.parent.exists()
+    for path in kept.iterdir():
+        path.unlink()
+    os.utime(kept, (old, old))
+    assert sweep(queue) == 0
+    assert kept.exists()
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), sqlite3.OperationalError("locked")])

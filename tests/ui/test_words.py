@@ -86,8 +86,16 @@ def test_every_key_that_is_used_is_there_and_every_key_is_used() -> None:
         "list.",
         "choice.",
     )
+    # What is said of one thing stands beside what is said of many.
+    used |= {f"{key}.one" for key in used}
     unused = {key for key in TABLES["en"] if key not in used and not key.startswith(families)}
     assert unused == set()
+
+
+def test_one_is_no_plural() -> None:
+    assert Words("en")("job.steps", count=1) == "1 step"
+    assert Words("en")("job.steps", count=2) == "2 steps"
+    assert Words("en")("job.seed", seed=1) == "seed 1"
 
 
 def kinds() -> list[str]:

@@ -1,6 +1,8 @@
 """Remembers self-tests between runs, for exactly the machine, the versions, the head size and the
-dtype that they were made with."""
+dtype that they were made with. Each is a file of its own, so that two runs never undo each other's.
+"""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -31,10 +33,9 @@ _PASSING = ("self-test-no-memory", "self-test-timeout")
 
 def load_evidence(device: Device, hardware: Hardware, problem: Problem) -> Evidence:
     """The self-tests that were stored for this problem on this device with these versions."""
-    stored = _read(_path())
     evidence = Evidence()
     for row in (*(row for mode in MODES for row in rows_of(mode)), *block_rows()):
-        values = stored.get(_key(row, device, hardware, problem))
+        values = _read(_path(row, _key(row, device, hardware, problem)))
         if values is not None:
             evidence = _with(evidence, row, values)
     return evidence
@@ -44,20 +45,20 @@ def store(test: SelfTest, device: Device, hardware: Hardware, problem: Problem) 
     """Remember a self-test. A folder that can't be written only costs the time to test again."""
     if test.objection and test.objection.code in _PASSING:
         return
-    path = _path()
     blocks = {row.name: row for row in block_rows()}
     row = blocks.get(test.implementation) or row_named(test.implementation)
     key = _key(row, device, hardware, problem)
-    stored = {**_read(path), key: asdict(test)}
+    path = _path(row, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(stored, indent=1).encode())
+        write_whole(path, json.dumps({"for": key, **asdict(test)}, indent=1).encode())
     except OSError as error:
         logger.warning("the self-test of %s was not stored: %s", test.implementation, error)
 
 
-def _path() -> Path:
-    return cache_folder() / "self-tests.json"
+def _path(row: Row, key: str) -> Path:
+    name = f"{row.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return cache_folder() / "self-tests" / name
 
 
 def _key(row: Row, device: Device, hardware: Hardware, problem: Problem) -> str:
@@ -84,18 +85,19 @@ def _key(row: Row, device: Device, hardware: Hardware, problem: Problem) -> str:
     return "; ".join(f"{name} {value}" for name, value in parts.items() if value)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, ValueError) as error:
         logger.warning("%s is ignored: %s", path, error)
-        return {}
+        return None
     if isinstance(stored, dict):
+        stored.pop("for", None)
         return stored
-    logger.warning("%s is ignored: it holds no table", path)
-    return {}
+    logger.warning("%s is ignored: it holds no self-test", path)
+    return None
 
 
 def _with(evidence: Evidence, row: Row, values: Mapping[str, Any]) -> Evidence:

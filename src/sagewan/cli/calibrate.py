@@ -4,8 +4,9 @@ import argparse
 
 from sagewan.cli.flags import add_request_flags, request_from
 from sagewan.cli.generate import stopped_by_signals
-from sagewan.cli.show import counted, shown
+from sagewan.cli.show import shown
 from sagewan.pipeline.progress import Watch
+from sagewan.plan.counted import counted
 
 # Where none is given; the demo model knows these words.
 _PROMPT = "a red ball rolls to the right"
@@ -30,6 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"{found.plan.model.name}, {counted(steps.count, 'step')}, shift {steps.shift:g}: {numbers}"
     )
     reused = ", ".join(str(step + 1) for step in found.reused) or "none"
-    print(f"--cache {found.cache} reuses {len(found.reused)} of {steps.count} steps: {reused}")
+    print(
+        f"--cache {found.cache} reuses "
+        f"{len(found.reused)} of {counted(steps.count, 'step')}: {reused}"
+    )
     print(f"kept in {found.path}")
     return 0

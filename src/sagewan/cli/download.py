@@ -10,8 +10,8 @@ from sagewan.checkpoint.download import Download, plan_download, run_download
 from sagewan.checkpoint.find import REPOSITORIES
 from sagewan.checkpoint.hubs import HF, Hub
 from sagewan.checkpoint.inspection import inspect
-from sagewan.cli.show import counted
 from sagewan.cli.streams import say
+from sagewan.plan.counted import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

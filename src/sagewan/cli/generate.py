@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sagewan.cli.flags import add_request_flags, request_from
-from sagewan.cli.show import counted, duration, shown
+from sagewan.cli.show import duration, shown
 from sagewan.pipeline.progress import Watch
+from sagewan.plan.counted import counted
 
 if TYPE_CHECKING:
     from sagewan.jobs.store import Store

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sagewan.checkpoint.find import find_model
 from sagewan.checkpoint.inspection import Inspection, Part, inspect
-from sagewan.cli.show import counted
 from sagewan.errors import CheckpointError, RequestError
+from sagewan.plan.counted import counted
 from sagewan.plan.models import DEMO, PUBLISHED
 
 

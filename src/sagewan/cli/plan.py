@@ -5,8 +5,9 @@ import json
 from collections.abc import Iterator
 
 from sagewan.cli.flags import add_request_flags, request_from
-from sagewan.cli.show import counted, duration
+from sagewan.cli.show import duration
 from sagewan.plan.attention import Choice
+from sagewan.plan.counted import counted
 from sagewan.plan.hardware import GIB
 from sagewan.plan.plan import Plan
 from sagewan.plan.pretend import CARDS, pretend

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sagewan.cli.streams import say
 from sagewan.pipeline.progress import DECIDE, Event, Watch
+from sagewan.plan.counted import counted
 from sagewan.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -114,11 +115,6 @@ def progress_text(event: Event) -> str:
     if event.seconds_left is not None:
         text += f", {duration(event.seconds_left)} left"
     return text
-
-
-def counted(number: int, thing: str) -> str:
-    """``1 frame``, ``17 frames``."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def duration(seconds: float) -> str:

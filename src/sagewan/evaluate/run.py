@@ -25,6 +25,7 @@ from sagewan.pipeline.probe import probe
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.report import software
 from sagewan.pipeline.session import Session
+from sagewan.plan.counted import counted
 from sagewan.plan.models import Model
 from sagewan.plan.plan import Plan
 from sagewan.plan.request import Request
@@ -215,7 +216,7 @@ def _heading(told: dict[str, Any]) -> str:
     loras = "".join(f", LoRA {lora}" for lora in told["request"]["lora"])
     return (
         f"{plan['model']}{loras}, {told['clips']} clips of {width}×{height}×{plan['frames']}, "
-        f"{plan['steps']} steps ({plan['scheduler']}), cfg {plan['cfg']:g}, "
+        f"{counted(plan['steps'], 'step')} ({plan['scheduler']}), cfg {plan['cfg']:g}, "
         f"shift {plan['shift']:g}, "
         f"seeds from {plan['seed']}, on {plan['device']}, torch {told['software'].get('torch')}. "
         f"The reference is exact attention in {plan['dtype']}; brackets are 95 % bounds."

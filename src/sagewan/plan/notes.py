@@ -50,8 +50,8 @@ def _cache_notes(plan: CachePlan) -> Iterator[str]:
         )
     if plan.calibrated and not plan.reusable:
         yield (
-            f"the step cache {cache.rule} can leave out none of {plan.steps} steps: "
-            f"the first {plan.first} and the last are always computed"
+            f"the step cache {cache.rule} can leave out no step: of {plan.steps}, the first "
+            f"{plan.first} and the last are always computed"
         )
 
 
@@ -81,11 +81,15 @@ def _lora_notes(plan: "Plan") -> Iterator[str]:
         yield file.sentence()
     taught = taught_schedule(plan.request.steps, plan.loras)
     if taught and plan.request.steps not in (None, taught.steps):
-        yield f"the LoRA was distilled for {taught.steps} steps, and {plan.steps.count} will run"
+        yield (
+            f"the LoRA was distilled for another number of steps ({taught.steps}) than will run "
+            f"({plan.steps.count})"
+        )
     elif taught and not any(file.schedule for file in plan.loras):
         yield (
-            f"{taught.steps} steps with a LoRA: taken for a distilled one (cfg {taught.cfg:g}, "
-            f"shift {taught.shift:g}, {taught.scheduler}), where you name no others"
+            f"so few steps ({taught.steps}) with a LoRA: taken for a distilled one "
+            f"(cfg {taught.cfg:g}, shift {taught.shift:g}, {taught.scheduler}), "
+            "where you name no others"
         )
 
 

@@ -98,8 +98,8 @@ def plan_sparsity(
     dense = ceil(_DENSE_SHARE * steps) if sparsity.dense is None else sparsity.dense
     if dense >= steps:
         raise RequestError(
-            f"sparsity={sparsity}: all {steps} steps would be dense; keep fewer so, such as "
-            f"{sparsity.kind}:{sparsity.share:g},0"
+            f"sparsity={sparsity}: every step, {steps} in all, would be dense; keep fewer so, "
+            f"such as {sparsity.kind}:{sparsity.share:g},0"
         )
     return SparsityPlan(
         sparsity=sparsity,

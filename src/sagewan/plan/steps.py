@@ -85,6 +85,6 @@ def _check_ends(request: Request, steps: int) -> None:
     ends = request.attention_ends
     if ends and ends.first + ends.last >= steps:
         raise RequestError(
-            f"attention_ends={ends}: these are all {steps} steps, so that {request.attention} "
-            f"would never run; name fewer, or choose attention {ends.mode}"
+            f"attention_ends={ends}: of the run's steps, {steps} in all, none is left for "
+            f"{request.attention}; name fewer, or choose attention {ends.mode}"
         )

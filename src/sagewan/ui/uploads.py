@@ -18,6 +18,8 @@ from sagewan.pipeline.files import written_whole
 
 logger = logging.getLogger(__name__)
 
+# The folder of the pictures that were written anew.
+_KEPT = "kept"
 # What a browser may send in one file, in bytes.
 MAX_BYTES = 64 << 20
 # Seconds that an upload is left alone: it may belong to a form that is being filled in.
@@ -44,7 +46,7 @@ def kept_picture(path: Path, field: str) -> Path:
     real = path.resolve()
     if not real.is_relative_to(folder):
         raise RequestError(f"{field}: choose the picture again")
-    kept = folder / "kept"
+    kept = folder / _KEPT
     if real.parent == kept and real.is_file():
         os.utime(real)
         return real
@@ -76,8 +78,8 @@ def prepare_folder() -> None:
 
 
 def sweep(queue: Queue, *, older: float = _FRESH) -> int:
-    """Remove what browsers sent more than ``older`` seconds ago and what no job and no form names;
-    how many files that were."""
+    """Remove what browsers sent more than ``older`` seconds ago and what no job and no form names,
+    and the folders that gradio made for it; how many files that were."""
     # From before the look at the jobs: what is named afterwards was touched then.
     until = time.time() - older
     named = queue.named_files()
@@ -89,7 +91,19 @@ def sweep(queue: Queue, *, older: float = _FRESH) -> int:
                 if path.stat().st_mtime < until:
                     path.unlink()
                     removed += 1
+    _remove_empty_folders(uploads_folder(), until)
     return removed
+
+
+def _remove_empty_folders(folder: Path, until: float) -> None:
+    """Those below it that were last changed before this time: into a newer one a file is written
+    now."""
+    for root, _, _ in os.walk(folder, topdown=False):
+        path = Path(root)
+        # One that is not empty, or is no more, can't be removed.
+        with contextlib.suppress(OSError):
+            if path not in (folder, folder / _KEPT) and path.stat().st_mtime < until:
+                path.rmdir()
 
 
 def _below(folder: Path) -> list[Path]:

@@ -38,13 +38,17 @@ _TRANSLATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 
 class Words:
-    """One language. ``words("job.seed", seed=3)`` is a text of its table, with the values in it."""
+    """One language. ``words("job.seed", seed=3)`` is a text of its table, with the values in it;
+    where a ``count`` is one, that of the key's ``.one``, if there is such."""
 
     def __init__(self, language: str) -> None:
         self.language = language
         self._table = TABLES[language]
 
     def __call__(self, key: str, **values: object) -> str:
+        one = f"{key}.one"
+        if values.get("count") == 1 and one in self._table:
+            key = one
         return self._table[key].format(**values)
 
     def sentence(self, text: str) -> str:

@@ -14,7 +14,6 @@ from sagewan.plan.evidence import Evidence, SelfTest
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.modes import AUTO, MODES
 from sagewan.plan.objection import Objection
-from sagewan.plan.plan import usual_dtype
 from sagewan.plan.request import Request
 
 HEAD_DIM = 128
@@ -99,7 +98,7 @@ def diagnose(hardware: Hardware, device: Device, self_test: SelfTester) -> Diagn
     ``self_test`` is called for each such row, torch's own first and then those of the blocks, in
     Wan's head size and the dtype that runs on this device by default. Other rows are not imported.
     """
-    problem = Problem(head_dim=HEAD_DIM, dtype=usual_dtype(device))
+    problem = Problem(head_dim=HEAD_DIM, dtype=device.usual_dtype)
     evidence = Evidence()
     refused: dict[str, Objection] = {}
     for row in _rows():

@@ -11,11 +11,11 @@ from sagewan.errors import RejectedError, UnsupportedError
 from sagewan.pipeline.decide import Decision, blame, not_finite
 from sagewan.pipeline.progress import Watch
 from sagewan.pipeline.report import Change
+from sagewan.plan.advice import smaller
 from sagewan.plan.budget.text import UMT5_BLOCKS
 from sagewan.plan.evidence import Shortage
 from sagewan.plan.hardware import GIB
 from sagewan.plan.memory import MemoryPlan
-from sagewan.plan.memory_notes import smaller
 from sagewan.plan.objection import Objection
 from sagewan.plan.plan import Plan
 

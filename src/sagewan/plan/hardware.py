@@ -25,6 +25,13 @@ class Device:
         return self.sm > 0
 
     @property
+    def usual_dtype(self) -> str:
+        """What it computes best in: bfloat16 where the hardware has it, float32 on a CPU."""
+        if self.is_cuda:
+            return "bfloat16" if self.sm >= 80 else "float16"
+        return "float32"
+
+    @property
     def torch_name(self) -> str:
         """How torch calls it: ``cpu`` or ``cuda:1``."""
         return f"cuda:{self.index}" if self.is_cuda else "cpu"

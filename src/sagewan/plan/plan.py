@@ -72,7 +72,7 @@ def make_plan(
     this machine needs."""
     preset = PRESETS[request.preset] if request.preset else None
     device = hardware.device(request.device)
-    dtype = _dtype(request, device)
+    dtype = device.usual_dtype if request.dtype == "auto" else request.dtype
     task = plan_task(request, model)
     check_words("prompt", request.prompt, model)
     check_words("negative", request.negative or "", model)
@@ -157,29 +157,9 @@ def _needs(
         dtype=situation.dtype,
         grid_size=shape.grid_size,
         frames=shape.frames,
-        weight_bytes=weights.bytes,
+        format=weights.format,
         lora_bytes=sum(file.nbytes for file in loras),
         texts=max(steps.passes),
         quantised_attention=any(MODES[c.mode].quality < Quality.EXACT for c in attention.choices),
-        packed=weights.format is not None,
-        file_backed=_file_backed(weights, situation.model, situation.dtype),
         keeps_residuals=cache is not None and cache.keeps_residuals,
     )
-
-
-def _file_backed(weights: WeightsPlan, model: Model, dtype: str) -> bool:
-    """Whether the transformer's weights are used as its files have them."""
-    if weights.unpacks or weights.format != model.quantized:
-        return False
-    return model.quantized is not None or not model.made_anew("transformer", dtype)
-
-
-def _dtype(request: Request, device: Device) -> str:
-    return usual_dtype(device) if request.dtype == "auto" else request.dtype
-
-
-def usual_dtype(device: Device) -> str:
-    """What a device computes best in: bfloat16 where the hardware has it, float32 on a CPU."""
-    if device.is_cuda:
-        return "bfloat16" if device.sm >= 80 else "float16"
-    return "float32"

@@ -65,7 +65,8 @@ def _transformer(needs: Needs, layout: Layout) -> Item:
 def _active_bytes(needs: Needs, chunks: Chunks) -> int:
     model, number = needs.model, needs.number_bytes
     active = activations(model, needs.tokens, number, chunks, quantised=needs.quantised_attention)
-    if needs.packed:
+    if needs.format:
+        # Some rows unpack one matrix at a time.
         active += model.ffn * model.heads * model.head_dim * number
     return active + conditions_bytes(model, needs.shape, number)
 

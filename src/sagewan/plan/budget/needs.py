@@ -1,20 +1,21 @@
 """What the sums are made of."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from sagewan.plan.decoding import Decoding, plan_decoding
 from sagewan.plan.hardware import Device
 from sagewan.plan.models import Model
 from sagewan.plan.request import Request
+from sagewan.plan.weights import weight_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """One video. ``weight_bytes`` are those of one transformer, ``lora_bytes`` of what lies beside
-    them; the size is (width, height), on the grid. A step makes a pass for each of ``texts``.
-    ``packed`` weights are unpacked, one matrix at a time, by some rows; ``file_backed`` ones stay
-    in the pages of their files where they are not pinned; ``keeps_residuals`` says that a step
-    cache keeps what the blocks add, for each text."""
+    """One video. The size is (width, height), on the grid; ``format`` is what the transformer's
+    matrices are packed in, None where they are plain; ``lora_bytes`` lie beside them. A step makes
+    a pass for each of ``texts``; ``keeps_residuals`` says that a step cache keeps what the blocks
+    add, for each."""
 
     request: Request
     model: Model
@@ -22,18 +23,30 @@ class Needs:
     dtype: str
     grid_size: tuple[int, int]
     frames: int
-    weight_bytes: int
+    format: str | None
     lora_bytes: int
     quantised_attention: bool
     texts: int = 1
-    packed: bool = False
-    file_backed: bool = True
     keeps_residuals: bool = False
 
     @property
     def on_device(self) -> bool:
         """Whether it runs on a GPU: on a CPU all that it takes is the host's."""
         return self.device.is_cuda
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of one transformer."""
+        return weight_bytes(self.model, self.dtype, self.format)
+
+    @property
+    def file_backed(self) -> bool:
+        """Whether the transformer's weights are used as its files have them: where they are not
+        pinned, they stay in the files' pages."""
+        own = self.model.quantized
+        return self.format == own and not (
+            own is None and self.model.made_anew("transformer", self.dtype)
+        )
 
     @property
     def number_bytes(self) -> int:

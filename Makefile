@@ -43,6 +43,13 @@ bench: .venv/ready
 	$(BIN)/python tools/step_chart.py docs/images benchmarks/results/step.json \
 	  benchmarks/results/step-growth.json
 
+# A whole step's tables and charts in the documentation, from the last reports of an H100.
+STEP_REPORTS := $(foreach kind,480p 720p growth,$(lastword $(sort $(wildcard \
+  benchmarks/results/step-$(kind)-h100-*.json))))
+step-docs: .venv/ready
+	$(BIN)/python -m tools.step_tables $(STEP_REPORTS)
+	$(BIN)/python tools/step_chart.py docs/images $(STEP_REPORTS)
+
 # The kernels with every Triton that a supported torch brings; .venv has one of them.
 TRITONS := 3.6.0 3.7.1 3.8.0
 triton-versions: .venv/ready

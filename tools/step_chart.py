@@ -59,8 +59,9 @@ def roofline(found: dict[str, Any]) -> str:
     for one in found["results"]:
         if one["name"] in SHOWN and one["stages"]:
             bits = {"none": "16", "fp8_scaled": "8", "fp4_scaled": "4"}[one["weights"]]
+            products = "products" if one["text_ms"] is None else "later_products"
             works = {
-                "products": found["work"]["products"][bits],
+                "products": found["work"][products][bits],
                 "attention": found["work"]["attention"],
             }
             reached = {

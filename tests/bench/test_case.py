@@ -45,6 +45,8 @@ def test_the_floor_of_wan_14b_is_the_one_computed_by_hand() -> None:
     products = 2 * n * (6 * w * w + 2 * w * f) + 2 * 512 * 2 * w * w
     attention = 4 * n * (n + 512) * w
     assert floor.products(case, Arithmetic()).operations == products
+    later = floor.products(case, Arithmetic(), keeps_text=True)
+    assert later.operations == products - 2 * 512 * 2 * w * w
     assert floor.attention(case).operations == attention
     same = Rate(bits16=1000, fp8=1000, fp4=1000, int8=1000, bandwidth=3)
     for arithmetic in (Arithmetic(), Arithmetic(products=8, scores=8, values=4)):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from sagewan.bench.case import Case
-from sagewan.plan.layers import Role
+from sagewan.plan.layers import Layer, Role
 from sagewan.plan.models import TEXT_TOKENS
 from sagewan.plan.speed import Rate
 
@@ -30,15 +30,24 @@ class Work:
     bytes: float
 
 
-def products(case: Case, arithmetic: Arithmetic) -> Work:
-    """The products by a block's matrices: each reads its rows and weight, and writes its result."""
-    operations = sum(2 * prod(layer.shape) * case.rows(layer) for layer in case.layers)
+def products(case: Case, arithmetic: Arithmetic, *, keeps_text: bool = False) -> Work:
+    """The products by a block's matrices: each reads its rows and weight, and writes its result;
+    with ``keeps_text`` of a pass that has the text's keys and values already."""
+    layers = _multiplied(case, keeps_text=keeps_text)
+    operations = sum(2 * prod(layer.shape) * case.rows(layer) for layer in layers)
     moved = sum(
         prod(layer.shape) * _bits(layer.role, arithmetic) / 8
         + case.rows(layer) * sum(layer.shape) * _BYTES
-        for layer in case.layers
+        for layer in layers
     )
     return Work(operations=operations, bytes=moved)
+
+
+def _multiplied(case: Case, *, keeps_text: bool) -> list[Layer]:
+    """The matrices that a pass multiplies by."""
+    return [
+        layer for layer in case.layers if not (keeps_text and layer.role == Role.CROSS_KEY_VALUE)
+    ]
 
 
 def attention(case: Case) -> Work:
@@ -54,9 +63,7 @@ def floor_ms(case: Case, arithmetic: Arithmetic, rate: Rate, *, keeps_text: bool
     """Milliseconds of a layer's products and attention at the listed rates, nothing overlapped;
     with ``keeps_text`` of a pass that has the text's keys and values already."""
     seconds = 0.0
-    for layer in case.layers:
-        if keeps_text and layer.role == Role.CROSS_KEY_VALUE:
-            continue
+    for layer in _multiplied(case, keeps_text=keeps_text):
         speed = _speed(_bits(layer.role, arithmetic), rate)
         seconds += 2 * prod(layer.shape) * case.rows(layer) / speed
     each = 2 * case.tokens**2 * case.width

@@ -225,14 +225,23 @@ def _about(setting: "Setting") -> dict[str, object]:
 
 
 def _work(setting: "Setting") -> dict[str, object]:
-    """Operations and bytes of a layer's products, by the bits of its matrices, and attention."""
+    """Operations and bytes of a layer's products, by the bits of its matrices, and attention;
+    ``later_products`` those of a pass that has the text's keys and values already."""
     from sagewan.bench import floor
 
-    products = {
-        str(bits): asdict(floor.products(setting.case, floor.Arithmetic(products=bits)))
-        for bits in (16, 8, 4)
+    def products(*, keeps_text: bool) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for bits in (16, 8, 4):
+            arithmetic = floor.Arithmetic(products=bits)
+            work = floor.products(setting.case, arithmetic, keeps_text=keeps_text)
+            found[str(bits)] = asdict(work)
+        return found
+
+    return {
+        "products": products(keeps_text=False),
+        "later_products": products(keeps_text=True),
+        "attention": asdict(floor.attention(setting.case)),
     }
-    return {"products": products, "attention": asdict(floor.attention(setting.case))}
 
 
 def _lines(found: Sequence["Measured"]) -> Iterator[str]:

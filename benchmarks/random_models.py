@@ -18,7 +18,8 @@ from sagewan.model.linear import Multiplier, QuantLinear
 from sagewan.model.vae import with_channels_last
 from sagewan.pipeline import build as building
 from sagewan.pipeline.fill import kept_in_float32
-from sagewan.pipeline.session import Part, Session
+from sagewan.pipeline.loaded import Part
+from sagewan.pipeline.session import Session
 from sagewan.pipeline.step_cache import Forwards
 from sagewan.plan.decoding import EXACT, Decoding
 from sagewan.plan.models import Model

@@ -35,7 +35,7 @@ class Fake:
         self.error: BaseException | None = None
         self.wait_for_cancel = False
 
-    def __call__(self, ready: Prepared, watch: Watch, *, session: object = None) -> Result:
+    def __call__(self, ready: Prepared, watch: Watch, *, loaded: object = None) -> Result:
         watch.planned(ready.plan)
         watch.stage("load")
         watch.stage("denoise", 2)

@@ -133,7 +133,7 @@ def test_a_comparison_is_one_job(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def to_json(self) -> dict[str, object]:
             return {"videos": []}
 
-    def compare(variants: list[Any], *, watch: Watch, session: Session) -> Compared:
+    def compare(variants: list[Any], *, watch: Watch, loaded: Session) -> Compared:
         seen.extend(variant.request.attention for variant in variants)
         return Compared()
 

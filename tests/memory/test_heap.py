@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sagewan.memory.heap import give_back_heap
-from sagewan.pipeline.session import Part
+from sagewan.pipeline.loaded import Part
 
 COUNT, EACH = 64, 1 << 22
 ALL = COUNT * EACH

@@ -13,7 +13,8 @@ from sagewan.checkpoint.find import find_model
 from sagewan.checkpoint.lora import find_loras
 from sagewan.errors import CheckpointError
 from sagewan.pipeline.build import Components, build
-from sagewan.pipeline.session import Part, Session
+from sagewan.pipeline.loaded import Part
+from sagewan.pipeline.session import Session
 from sagewan.plan.lora import Lora, LoraFile
 from sagewan.plan.models import PUBLISHED
 from tests.loras import pairs, write

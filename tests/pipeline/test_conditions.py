@@ -67,6 +67,14 @@ def test_the_negative_prompt_is_encoded_where_a_step_is_guided(
     assert found.latents is None
 
 
+def test_guidance_of_an_expert_that_has_no_step_wants_no_negative_prompt(
+    shrunken_folder: Folder,
+) -> None:
+    folder = shrunken_folder("wan2.2-t2v-a14b")
+    found = conditions_of(plan_for(folder, cfg=3.0, cfg_2=1.0, boundary=1.0))
+    assert found.negative is None
+
+
 def test_shapes_and_mask_of_a_first_picture(shrunken_folder: Folder, tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png", 1)
     found = conditions_of(plan_for(shrunken_folder("wan2.1-i2v-14b"), image=path, frames=9))

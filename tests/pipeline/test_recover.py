@@ -22,8 +22,9 @@ from sagewan.memory.tensors import tensors_of
 from sagewan.model.block import Block
 from sagewan.pipeline import conditions, decode, denoise
 from sagewan.pipeline.build import build
+from sagewan.pipeline.loaded import Part
 from sagewan.pipeline.run import generate
-from sagewan.pipeline.session import Part, Session
+from sagewan.pipeline.session import Session
 from sagewan.plan.budget.transformer import Chunks
 from sagewan.plan.memory import MemoryPlan
 from sagewan.plan.plan import Plan

@@ -8,8 +8,9 @@ import torch
 
 from sagewan.memory.placement import Place
 from sagewan.memory.tensors import tensors_of
+from sagewan.pipeline.loaded import Part
 from sagewan.pipeline.run import generate
-from sagewan.pipeline.session import Part, Session
+from sagewan.pipeline.session import Session
 from sagewan.plan.request import Request
 from tests.pipeline.runs import picture
 from tests.shrunken import NEGATIVE, PROMPT

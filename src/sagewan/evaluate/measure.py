@@ -18,9 +18,9 @@ from sagewan.pipeline.build import Components, build
 from sagewan.pipeline.conditions import Conditions, encode
 from sagewan.pipeline.decode import decode_batch
 from sagewan.pipeline.denoise import NotFinite, RowFailed, Snapshot, denoise, predict, start
+from sagewan.pipeline.loaded import Loaded
 from sagewan.pipeline.metrics import decibels, similarities, square_errors
 from sagewan.pipeline.progress import Watch
-from sagewan.pipeline.session import Session
 from sagewan.pipeline.step_cache import Forwards
 from sagewan.plan.noise import TRAIN_STEPS
 from sagewan.plan.plan import Plan
@@ -55,9 +55,9 @@ class _Reference:
 class Batch:
     """Some clips that are made at once, by every cell from the same noise."""
 
-    def __init__(self, clips: Sequence[Clip], session: Session, watch: Watch) -> None:
+    def __init__(self, clips: Sequence[Clip], loaded: Loaded, watch: Watch) -> None:
         self._clips = clips
-        self._session = session
+        self._loaded = loaded
         self._watch = watch
         self._conditions: Conditions | None = None
         self._reference: _Reference | None = None
@@ -77,7 +77,7 @@ class Batch:
 
     def _run(self, cell: Cell, began: float) -> list[dict[str, Any]]:
         plan, launcher = cell.decision.plan, Launcher()
-        components = build(plan, launcher, self._session, self._watch)
+        components = build(plan, launcher, self._loaded, self._watch)
         conditions = self._conditions or encode(components, plan, {}, self._prompts)
         self._conditions = conditions
         noise = start(plan, [clip.seed for clip in self._clips])

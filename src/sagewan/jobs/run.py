@@ -46,7 +46,7 @@ def run_job(
         except StateError:
             raise Cancelled("cancelled while it was queued") from None
     with record.kept(watch):
-        result = execute(prepared, watch, session=session)
+        result = execute(prepared, watch, loaded=session)
         record.report = result.report
     return result
 
@@ -68,7 +68,7 @@ def run_claimed(
             record.report = session.generate(request, watch=watch).report
         else:
             variants = variants_of(request, job.variants)
-            record.report = compare(variants, session=session, watch=watch).to_json()
+            record.report = compare(variants, loaded=session, watch=watch).to_json()
 
 
 class Record:

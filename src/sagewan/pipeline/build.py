@@ -33,8 +33,8 @@ from sagewan.pipeline.fill import (
     fill,
     kept_in_float32,
 )
+from sagewan.pipeline.loaded import Loaded, Part
 from sagewan.pipeline.progress import Watch
-from sagewan.pipeline.session import Part, Session
 from sagewan.pipeline.settings import check_processor, check_vae
 from sagewan.pipeline.step_cache import Forwards
 from sagewan.plan.decoding import EXACT, Decoding
@@ -96,11 +96,11 @@ class Components:
 
 
 def build(
-    plan: Plan, launcher: Launcher, session: Session | None = None, watch: Watch | None = None
+    plan: Plan, launcher: Launcher, loaded: Loaded | None = None, watch: Watch | None = None
 ) -> Components:
     """Components of the plan's model, whose self-attention runs through ``launcher``.
 
-    Loads the tokenizer; the models follow when they are used, unless the session has them from the
+    Loads the tokenizer; the models follow when they are used, unless they are ``loaded`` from the
     run before. What else it has is freed. ``watch`` is told how the quantising goes.
     """
     parts = plan.model.parts
@@ -110,7 +110,7 @@ def build(
     names = ("transformer", "transformer_2")[: plan.model.experts]
     with_picture = plan.model.image_encoder
     stored = plan.weights.format or ("unpacked" if plan.weights.unpacks else "")
-    shelf = _Shelf(session or Session(keeps=False), parts, plan.dtype)
+    shelf = _Shelf(loaded or Loaded(keeps=False), parts, plan.dtype)
     watch = watch or Watch()
     components = Components(
         tokenizer=_tokenizer(parts["tokenizer"]),
@@ -143,9 +143,9 @@ def build(
 
 @dataclass
 class _Shelf:
-    """The parts of one model that a session keeps, each under all that its weights depend on."""
+    """The parts of one model that runs share, each under all that its weights depend on."""
 
-    session: Session
+    loaded: Loaded
     parts: Mapping[str, Path]
     dtype: str
     _keys: list[tuple[Path, str, str, str]] = field(default_factory=list)
@@ -162,7 +162,7 @@ class _Shelf:
         self._keys.append(key)
         loaded = partial(load, path)
         part = Part(name, loaded, blocks) if blocks else Part(name, loaded)
-        return self.session.part(key, part)
+        return self.loaded.part(key, part)
 
     def expert(
         self, name: str, load: Callable[[Path], Any], stored: str, loras: tuple[LoraFile, ...]
@@ -178,8 +178,8 @@ class _Shelf:
         return self.part("vae", partial(load_vae, decoding=decoding), stored=decoding.dtype)
 
     def close(self) -> None:
-        """Free whatever else the session has."""
-        self.session.only(self._keys)
+        """Free whatever else is loaded."""
+        self.loaded.only(self._keys)
 
 
 def _expert(path: Path, plan: Plan, watch: Watch) -> Any:

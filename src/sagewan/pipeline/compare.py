@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from sagewan.pipeline.session import Session
+    from sagewan.pipeline.loaded import Loaded
 
 MOST = 4
 # What a comparison keeps the same, or decides itself.
@@ -122,7 +122,7 @@ def variants_of(request: Request, changes: Sequence[Mapping[str, Any]]) -> list[
 
 
 def compare(
-    variants: Sequence[Variant], *, watch: Watch, session: "Session | None" = None
+    variants: Sequence[Variant], *, watch: Watch, loaded: "Loaded | None" = None
 ) -> Comparison:
     """Make every video, then the files that compare them: NAME.mp4 with all side by side,
     NAME-difference.mp4, NAME.md, NAME.json and NAME.svg, where the videos are NAME-1.mp4, ….
@@ -135,11 +135,11 @@ def compare(
     prepared = []
     for variant in variants:
         watch.check()
-        prepared.append(prepare(variant.request, watch, session=session))
+        prepared.append(prepare(variant.request, watch, loaded=loaded))
     results = []
     for number, (variant, ready) in enumerate(zip(variants, prepared, strict=True), start=1):
         part = watch.for_part(f"{number}/{len(variants)} {variant.name}")
-        results.append(execute(ready, part, session=session))
+        results.append(execute(ready, part, loaded=loaded))
     watch.stage("compare")
     comparison = Comparison(
         videos=tuple(_compared(variants, results)),

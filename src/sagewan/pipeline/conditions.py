@@ -17,7 +17,6 @@ from sagewan.model.vae import encode as encode_pieces
 from sagewan.pipeline.build import Components
 from sagewan.plan.models import TEXT_TOKENS
 from sagewan.plan.plan import Plan
-from sagewan.plan.steps import Steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,7 +63,7 @@ def encode_prompts(components: Components, plan: Plan, prompts: Sequence[str] = 
     with components.text_encoder.on(place) as encoder:
         prompt = encode_text(prompts or [plan.request.prompt], components.tokenizer, encoder)
         negative = None
-        if guided(plan.steps):
+        if _guided(plan):
             negative = encode_text([plan.negative], components.tokenizer, encoder)
     return Conditions(prompt=prompt, negative=negative)
 
@@ -91,14 +90,14 @@ def conditions_key(plan: Plan) -> Hashable:
     """All that the conditions depend on."""
     paths = (plan.request.image, plan.request.last_image)
     pictures = tuple((path.absolute(), path.stat().st_mtime_ns) for path in paths if path)
-    negative = plan.negative if guided(plan.steps) else None
+    negative = plan.negative if _guided(plan) else None
     model = (plan.model.location, plan.dtype, plan.device.torch_name)
     return (*model, plan.request.prompt, negative, pictures, plan.grid_size, plan.frames)
 
 
-def guided(steps: Steps) -> bool:
+def _guided(plan: Plan) -> bool:
     """Whether any step is guided, so that the negative prompt plays a part."""
-    return steps.cfg > 1 or (steps.cfg_2 is not None and steps.cfg_2 > 1)
+    return max(plan.steps.passes) > 1
 
 
 def clean(text: str) -> str:

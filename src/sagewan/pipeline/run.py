@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from sagewan.attention.launch import Launcher
     from sagewan.pipeline.build import Components
-    from sagewan.pipeline.session import Session
+    from sagewan.pipeline.loaded import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ def with_seed(request: Request) -> Request:
     return replace(request, seed=secrets.randbelow(_SEEDS))
 
 
-def prepare(request: Request, watch: Watch, *, session: "Session | None" = None) -> Prepared:
-    """Refuse what is wrong and decide the rest; a seed is drawn if none is given. What a session
-    holds of the machine's memory counts as free: it will be used, or given back."""
+def prepare(request: Request, watch: Watch, *, loaded: "Loaded | None" = None) -> Prepared:
+    """Refuse what is wrong and decide the rest; a seed is drawn if none is given. What
+    is ``loaded`` counts as free memory of the machine: it will be used, or given back."""
     from sagewan.checkpoint.find import find_model
     from sagewan.checkpoint.lora import find_loras
     from sagewan.pipeline.pictures import load_picture
@@ -99,7 +99,7 @@ def prepare(request: Request, watch: Watch, *, session: "Session | None" = None)
     check_outputs(request)
     model = find_model(request.model)
     loras = find_loras(request.lora, model)
-    hardware = session.without_own(probe()) if session else probe()
+    hardware = loaded.without_own(probe()) if loaded else probe()
     # What is wrong with the request shows in a draft, before the self-tests take their time.
     draft = make_plan(request, model, hardware, Evidence(), loras)
     check_space(request.output, draft.size, draft.frames)
@@ -113,8 +113,8 @@ def prepare(request: Request, watch: Watch, *, session: "Session | None" = None)
     return Prepared(decision=decision, pictures=pictures)
 
 
-def execute(prepared: Prepared, watch: Watch, *, session: "Session | None" = None) -> Result:
-    """Load, encode, denoise, decode and write, with the models of a session if there is one.
+def execute(prepared: Prepared, watch: Watch, *, loaded: "Loaded | None" = None) -> Result:
+    """Load, encode, denoise, decode and write, with the models that are kept, if any are.
     Raises as :func:`generate`."""
     from sagewan.pipeline.libraries import import_libraries
     from sagewan.pipeline.recover import out_of_memory
@@ -124,17 +124,17 @@ def execute(prepared: Prepared, watch: Watch, *, session: "Session | None" = Non
     import_libraries()
     from sagewan.attention.launch import is_out_of_memory
     from sagewan.attention.resolve import one_line
-    from sagewan.pipeline.session import Session
+    from sagewan.pipeline.loaded import Loaded
 
     try:
-        return _execute(prepared, watch, session or Session(keeps=False))
+        return _execute(prepared, watch, loaded or Loaded(keeps=False))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(prepared.plan, one_line(error)) from error
 
 
-def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
+def _execute(prepared: Prepared, watch: Watch, loaded: "Loaded") -> Result:
     from sagewan.attention.launch import Launcher
     from sagewan.pipeline.build import build
     from sagewan.pipeline.conditions import conditions_key
@@ -144,12 +144,10 @@ def _execute(prepared: Prepared, watch: Watch, session: "Session") -> Result:
     plan = prepared.plan
     launcher = Launcher()
     start_measuring(plan.device)
-    components = build(plan, launcher, session, watch)
+    components = build(plan, launcher, loaded, watch)
     watch.stage("encode")
     recovery = Recovery(prepared.decision, components, watch)
-    conditions = session.conditions(
-        conditions_key(plan), lambda: recovery.encode(prepared.pictures)
-    )
+    conditions = loaded.conditions(conditions_key(plan), lambda: recovery.encode(prepared.pictures))
     if watch.is_viewed:
         watch.draw_with(preview_of(components, plan))
     wrong: str | None = None

@@ -97,7 +97,7 @@ def _beside(name: str, arguments: Namespace) -> None:
 
 
 # GiB of the GPU that cases take which are no card.
-_TAKEN = {"twenty": 2.0, "decode": 16.0}
+_TAKEN = {"twenty": 2.0, "decode": 16.0, "decode-growing": 12.0}
 
 
 def _takes(name: str) -> float:
@@ -174,6 +174,7 @@ def _others(layers: int | None) -> dict[str, Callable[[], dict[str, Any]]]:
         "activations-480p": lambda: activations("480p"),
         "activations-720p": lambda: activations("720p"),
         "decode": decode,
+        "decode-growing": lambda: decode(("growing",)),
         "twenty": twenty,
     }
 

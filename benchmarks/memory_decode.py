@@ -15,12 +15,13 @@ from benchmarks.watching import DEVICE, clear
 from sagewan.model.vae import decode_pieces, decode_tiles
 from sagewan.pipeline.decode import frame_bytes
 from sagewan.pipeline.probe import probe
+from sagewan.plan.budget.needs import Needs
 from sagewan.plan.budget.stage import CONTEXT, with_overhead
 from sagewan.plan.budget.vae import decode_stage
-from sagewan.plan.decoding import Decoding, plan_decoding
 from sagewan.plan.hardware import GIB
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.pretend import pretend
+from sagewan.plan.request import Request
 
 
 @dataclass(frozen=True)
@@ -35,66 +36,69 @@ class Shape:
     def model(self) -> Model:
         return PUBLISHED[self.name]
 
-    @property
-    def latents(self) -> tuple[int, int, int]:
-        width, height = self.size
-        return 4, height // self.model.spatial, width // self.model.spatial
-
-    @property
-    def decoding(self) -> Decoding:
-        return plan_decoding(pretend(probe(), gpu=None, vram=80).devices[0], "bfloat16", self.size)
+    def needs(self, *, growing: bool) -> Needs:
+        """Four latent frames of it, on a card with room for all."""
+        return Needs(
+            request=Request(prompt="x"),
+            model=self.model,
+            device=pretend(probe(), gpu=None, vram=80).devices[0],
+            dtype="bfloat16",
+            grid_size=self.size,
+            frames=13,
+            format=None,
+            lora_bytes=0,
+            quantised_attention=False,
+            segments_grow=growing,
+        )
 
 
 SHAPES = (
+    Shape(T2V, (1280, 720), (90, 54)),
+    Shape(TI2V, (1280, 704), (22, 40)),
+    Shape(T2V, (832, 480), None),
+    Shape(T2V, (1920, 1088), (68, 120)),
+    Shape(T2V, (1280, 720), (45, 80)),
+    Shape(T2V, (960, 544), None),
+    Shape(TI2V, (1280, 704), None),
     Shape(T2V, (1280, 720), (90, 80)),
     Shape(TI2V, (1280, 704), (44, 40)),
     Shape(T2V, (1280, 720), None),
-    Shape(T2V, (1280, 720), (90, 54)),
-    Shape(T2V, (832, 480), None),
-    Shape(T2V, (1920, 1088), (68, 120)),
-    Shape(TI2V, (1280, 704), (22, 40)),
-    Shape(T2V, (960, 544), None),
-    Shape(T2V, (1280, 720), (45, 80)),
-    Shape(TI2V, (1280, 704), None),
 )
 # How often the least is halved in on, between what is allocated and what would be held.
 _HALVINGS = 3
 
 
-def decode() -> dict[str, Any]:
+def decode(modes: tuple[str, ...] = ("fixed", "growing")) -> dict[str, Any]:
     """Of each shape, GiB beyond the CUDA context: planned; allocated, held without a limit, and the
     least limit it went in, with its seconds; with fixed segments and with those that can grow."""
     found: list[dict[str, Any]] = []
     try:
         for shape in SHAPES:
-            found.append(_planned(shape))
-            for mode in ("fixed", "growing"):
+            found.append({"model": shape.name, "size": shape.size, "tile": shape.tile})
+            for mode in modes:
                 with _segments(growing=mode == "growing"):
-                    found[-1][mode] = _least(shape, found[-1]["planned"])
+                    found[-1][mode] = _least(shape, shape.needs(growing=mode == "growing"))
             print(found[-1], flush=True)
     except CutOffError:
         return {"shapes": found, "cut off": True}
     return {"shapes": found}
 
 
-def _planned(shape: Shape) -> dict[str, Any]:
-    stage = decode_stage(
-        shape.model, shape.latents, shape.tile, on_device=True, decoding=shape.decoding
-    )
+def _planned(shape: Shape, needs: Needs) -> dict[str, float]:
+    stage = decode_stage(needs, shape.tile)
     items = {item.name: item.device / GIB for item in stage.items}
     planned = (with_overhead(stage, on_device=True).device - CONTEXT) / GIB
-    facts = {"vae": items["VAE"], "activations": items["activations"], "planned": planned}
-    rounded = {key: round(value, 3) for key, value in facts.items()}
-    return {"model": shape.name, "size": shape.size, "tile": shape.tile, **rounded}
+    return {"vae": items["VAE"], "activations": items["activations"], "planned": planned}
 
 
-def _least(shape: Shape, planned: float) -> dict[str, Any]:
-    vae = random_vae(shape.model, shape.decoding).eval().to(DEVICE)
-    latents = torch.randn(1, shape.model.latent_channels, *shape.latents, device=DEVICE)
+def _least(shape: Shape, needs: Needs) -> dict[str, Any]:
+    planned = _planned(shape, needs)
+    vae = random_vae(shape.model, needs.decoding).eval().to(DEVICE)
+    latents = torch.randn(1, shape.model.latent_channels, *needs.shape, device=DEVICE)
     latents = latents.to(vae.dtype)
     try:
-        _decoded(latents, vae, shape)  # its kernels are chosen and loaded
-        seconds, allocated, held = _decoded(latents, vae, shape)
+        _decoded(latents, vae, shape.tile)  # its kernels are chosen and loaded
+        seconds, allocated, held = _decoded(latents, vae, shape.tile)
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}  # others have the rest of the GPU
     tried: dict[float, float | None] = {round(held, 3): round(seconds, 2)}
@@ -102,7 +106,7 @@ def _least(shape: Shape, planned: float) -> dict[str, Any]:
     def goes_in(gib: float) -> bool:
         with _limited(gib):
             try:
-                tried[round(gib, 3)] = round(_decoded(latents, vae, shape)[0], 2)
+                tried[round(gib, 3)] = round(_decoded(latents, vae, shape.tile)[0], 2)
             except torch.OutOfMemoryError:
                 tried[round(gib, 3)] = None
         return tried[round(gib, 3)] is not None
@@ -112,24 +116,25 @@ def _least(shape: Shape, planned: float) -> dict[str, Any]:
         middle = (low + high) / 2
         low, high = (low, middle) if goes_in(middle) else (middle, high)
     return {
+        **{name: round(gib, 3) for name, gib in planned.items()},
         "allocated": round(allocated, 3),
         "held": round(held, 3),
         "least": round(high, 3),
         "seconds": {str(gib): tried[gib] for gib in sorted(tried)},
-        "goes in what is planned": goes_in(planned),
+        "goes in what is planned": goes_in(planned["planned"]),
     }
 
 
-def _decoded(latents: Tensor, vae: Any, shape: Shape) -> tuple[float, float, float]:
+def _decoded(latents: Tensor, vae: Any, tile: tuple[int, int] | None) -> tuple[float, float, float]:
     """Seconds, GiB allocated, GiB held."""
     clear()
     began = time.perf_counter()
     with torch.inference_mode():
-        if shape.tile is None:
-            for piece in decode_pieces(latents, vae, shape.decoding.at_once):
+        if tile is None:
+            for piece in decode_pieces(latents, vae):
                 frame_bytes(piece)
         else:
-            for _, _, piece in decode_tiles(latents, vae, shape.tile):
+            for _, _, piece in decode_tiles(latents, vae, tile):
                 frame_bytes(piece).cpu()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began

@@ -88,6 +88,7 @@ CARDS: Mapping[str, Card] = {
     # As `sagewan generate` loads a folder: pages of files, weights quantised or made 16 bit.
     "files-16": Card(T2V, 16, 32, "none", (832, 480), 49, attending=10, files="bfloat16"),
     "files-12-fp8": Card(T2V, 12, 32, "fp8_scaled", (832, 480), 49, attending=10, files="bfloat16"),
+    "files-8-ti2v": Card(TI2V, 8, 32, _LOW, (1280, 704), 61, files="bfloat16"),
     "files-12-float32": Card(TI2V, 12, 32, "none", (832, 480), 49, files="float32"),
     # 252,960 tokens: one step of each expert.
     "quality-16": Card(

@@ -6,13 +6,17 @@ case. The parent never touches CUDA, as a process that has can't be parted from.
 
 import multiprocessing
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 # What a process holds of the GPU that does not need it any more: its context.
 _IDLE = 0.75
@@ -100,7 +104,10 @@ def _context() -> BaseContext:
     did on its import keeps parted ones from the GPU."""
     # Otherwise asking whether there is a GPU calls the driver.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    _import_what_all_need()
+    # diffusers imports it where it finds it, and it asks for the GPU's kind as it is imported.
+    sys.modules.setdefault("sageattention", cast("ModuleType", None))
+    with _no_cuda():
+        _import_what_all_need()
     fork = multiprocessing.get_context("fork")
     tried = fork.Process(target=_touch)
     tried.start()
@@ -110,6 +117,24 @@ def _context() -> BaseContext:
     tried.kill()
     print("processes are fresh ones: those parted from this one can't use the GPU", flush=True)
     return multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def _no_cuda() -> Iterator[None]:
+    """Whoever starts CUDA within the block is named."""
+    import torch.cuda
+
+    start = torch.cuda._lazy_init  # noqa: SLF001
+
+    def named() -> None:
+        traceback.print_stack(limit=12)
+        start()
+
+    torch.cuda._lazy_init = named  # noqa: SLF001
+    try:
+        yield
+    finally:
+        torch.cuda._lazy_init = start  # noqa: SLF001
 
 
 def _touch() -> None:

@@ -40,6 +40,7 @@ _MACHINE = Hardware(
     system="Linux",
     torch_cuda="13.0",
     packages={"torch": "2.11.0", "triton": "3.6.0", "comfy-kitchen": "0.2.40"},
+    segments_grow=True,
 )
 
 _INTRODUCTION = """# What fits which card
@@ -50,7 +51,7 @@ Each preset on each card, with the host memory named beside it, as `sagewan plan
 --preset P --gpu CARD --ram GIB` says: the most memory on the card and on the host in GiB (file
 pages not counted), how many of the transformer's blocks are swapped, and the minutes of denoising
 and decoding by the card's listed rates, with the preset's own steps and size. Where "no" stands it
-does not fit, and the plan says what would.
+does not fit, and the plan says what would. On Windows decoding takes smaller tiles.
 """
 
 

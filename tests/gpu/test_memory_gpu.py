@@ -1,5 +1,8 @@
 """Swapping, chunks and tiles on a real GPU: the same bits, and memory given back."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -119,3 +122,19 @@ def test_weights_arrive_as_they_were_after_other_work() -> None:
     for one, wanted in zip(arrived, tensors, strict=True):
         assert one.stride() == wanted.stride()
         assert torch.equal(one.cpu().float(), wanted.float())
+
+
+def test_segments_grow_where_a_run_asks_for_them() -> None:
+    """In a process of its own: torch reads its settings once."""
+    clean = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
+    code = """
+from sagewan.pipeline.probe import probe
+asked = probe().segments_grow
+import torch
+x = torch.zeros(64 << 20, device="cuda")
+print(asked, torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=clean, check=True, capture_output=True, text=True
+    )
+    assert said.stdout.split() in (["True", "True"], ["False", "False"])

@@ -13,11 +13,14 @@ from sagewan.model import vae as module
 from sagewan.model.attention import Attention, Turn
 from sagewan.model.fused import FusedBlock
 from sagewan.model.transformer import install
+from sagewan.plan.budget.needs import Needs
 from sagewan.plan.budget.text import text_stage
 from sagewan.plan.budget.transformer import Chunks, activations, roomy_chunks
 from sagewan.plan.budget.vae import decode_bytes, encode_bytes, vae_costs
 from sagewan.plan.decoding import Decoding
+from sagewan.plan.hardware import Device
 from sagewan.plan.models import PUBLISHED
+from sagewan.plan.request import Request
 from tests.model.test_attention import PLAN
 from tests.published import TRANSFORMERS, VAES
 
@@ -189,8 +192,18 @@ def test_the_text_encoder(dtype: torch.dtype) -> None:
         mask = torch.zeros(1, 1, 512, 512, device="meta", dtype=dtype)
         block(hidden, attention_mask=mask)
     model = PUBLISHED["wan2.1-t2v-14b"]
-    size = dtype.itemsize
-    stages = [text_stage(model, size, n, on_device=True) for n in (0, 3)]
+    needs = Needs(
+        request=Request(prompt="x"),
+        model=model,
+        device=Device(name="a GPU", sm=90),
+        dtype=str(dtype)[6:],
+        grid_size=(832, 480),
+        frames=81,
+        format=None,
+        lora_bytes=0,
+        quantised_attention=False,
+    )
+    stages = [text_stage(needs, n) for n in (0, 3)]
     active = next(item for item in stages[0].items if item.name == "activations")
     assert LOW < active.device / meter.peak < HIGH, (active.device, meter.peak)
     # Three swapped blocks are two on the device and two in pinned buffers that hold them.

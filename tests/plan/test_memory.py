@@ -305,3 +305,22 @@ def test_what_only_saves_time_is_kept_where_all_blocks_are() -> None:
         Shortage(stage="denoise", block_swap=0, tile=None, what="out of memory")
     )
     assert plan(vram=80, evidence=evidence).memory.text_keys == 0
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-14b", "wan2.2-ti2v-5b"])
+@pytest.mark.parametrize("vram", [8, 12, 16])
+def test_where_segments_grow_decoding_takes_less(name: str, vram: int) -> None:
+    request = Request(prompt="x", size=(1280, 704), quantization="fp8_scaled")
+    found = {}
+    for grow in (False, True):
+        hardware = pretend(machine(), gpu=None, vram=vram, ram=32)
+        hardware = replace(hardware, segments_grow=grow)
+        found[grow] = make_plan(request, PUBLISHED[name], hardware, Evidence()).memory
+    tiles = {grow: prod(memory.decode_tile or (44, 80)) for grow, memory in found.items()}
+    assert tiles[True] >= tiles[False]
+    if tiles[True] == tiles[False]:
+        decode = [next(s for s in found[g].stages if s.name == "decode") for g in (False, True)]
+        assert decode[1].device < decode[0].device
+    # Denoising keeps what it has.
+    assert found[True].block_swap == found[False].block_swap
+    assert [memory.segments_grow for memory in found.values()] == [False, True]

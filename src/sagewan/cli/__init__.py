@@ -9,6 +9,7 @@ from typing import NoReturn
 from sagewan import __version__
 from sagewan.cli.streams import flush, give_up_output, never_refuse_a_character, say, warnings_told
 from sagewan.errors import Cancelled, RequestError, SagewanError
+from sagewan.pipeline.segments import let_segments_grow
 
 # The modules are imported when their command is called: --help must not wait for torch.
 COMMANDS = {
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. A SagewanError is one sentence on stderr, what nobody
     foresaw keeps its traceback."""
     never_refuse_a_character()
+    # Before any command imports torch.
+    let_segments_grow()
     try:
         try:
             return _run(sys.argv[1:] if argv is None else list(argv))

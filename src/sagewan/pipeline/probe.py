@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sagewan.pipeline.segments import let_segments_grow
 from sagewan.plan.catalogue import CUDA_BINDINGS, NVRTC
 from sagewan.plan.hardware import Device, Hardware
 
@@ -59,6 +60,7 @@ def probe() -> Hardware:
         driver=driver,
         torch_cuda=_torch_cuda(),
         packages=_packages(),
+        segments_grow=let_segments_grow(),
     )
 
 

@@ -43,7 +43,8 @@ class Hardware:
 
     ``packages`` maps distribution names to installed versions, read from metadata: nothing is
     imported to fill it. ``torch_cuda`` is the CUDA version torch was built for, None on a CPU
-    build, or where torch is not installed.
+    build, or where torch is not installed. ``segments_grow`` says that the segments in which torch
+    takes a GPU's memory can grow, so that less is lost between tensors of different sizes.
     """
 
     cpu: Device
@@ -55,6 +56,7 @@ class Hardware:
     driver: str | None = None
     torch_cuda: str | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
+    segments_grow: bool = False
 
     @property
     def usable(self) -> tuple[Device, ...]:

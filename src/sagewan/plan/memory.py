@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 from sagewan.plan.budget.denoise import Layout, denoise_stage, resident_bytes
@@ -39,7 +40,8 @@ class MemoryPlan:
     keys and values, kept from the first step on, 0 where each step computes them; ``text_swap`` of
     the text encoder's blocks are swapped, through ``text_pin_budget`` bytes of pinned memory;
     ``stays``: the transformer stays on the device while a session decodes.
-    ``stages`` are the sums; ``room`` and ``host_room`` what they must fit in.
+    ``stages`` are the sums; ``room`` and ``host_room`` what they must fit in; ``segments_grow``:
+    they count on segments of the device's memory that can grow.
     """
 
     block_swap: int
@@ -55,6 +57,7 @@ class MemoryPlan:
     room: int
     host_room: int
     on_device: bool
+    segments_grow: bool
 
     @property
     def device_peak(self) -> int:
@@ -108,10 +111,11 @@ class _Planner:
         layout = replace(layout, text_keys=self._text_keys(layout))
         encode_tile, decode_tile = self._encode_tile(), self._decode_tile()
         stays = self._stays(swap, decode_tile)
-        stages = [self._text(text_swap)]
-        stages += [self._picture(encode_tile)] if self.needs.request.image else []
+        staying = resident_bytes(self.needs, swap) if stays else 0
+        stages = [text_stage(self.needs, text_swap)]
+        stages += [picture_stage(self.needs, encode_tile)] if self.needs.request.image else []
         stages.append(denoise_stage(self.needs, layout))
-        stages.append(self._decode(decode_tile, resident_bytes(self.needs, swap) if stays else 0))
+        stages.append(decode_stage(self.needs, decode_tile, staying))
         staging = text_staging(text_swap, self.needs.number_bytes)
         return MemoryPlan(
             block_swap=swap,
@@ -127,25 +131,7 @@ class _Planner:
             room=self._room,
             host_room=self.hardware.cpu.memory_free,
             on_device=self.needs.on_device,
-        )
-
-    def _text(self, swapped: int) -> Stage:
-        needs = self.needs
-        return text_stage(needs.model, needs.number_bytes, swapped, on_device=needs.on_device)
-
-    def _picture(self, tile: tuple[int, int] | None) -> Stage:
-        needs = self.needs
-        return picture_stage(needs.model, needs.cells, tile, on_device=needs.on_device)
-
-    def _decode(self, tile: tuple[int, int] | None, staying: int = 0) -> Stage:
-        needs = self.needs
-        return decode_stage(
-            needs.model,
-            needs.shape,
-            tile,
-            on_device=needs.on_device,
-            staying=staying,
-            decoding=needs.decoding,
+            segments_grow=self.needs.on_device and self.needs.segments_grow,
         )
 
     def _denoise(self, chunks: Chunks, swap: int) -> Stage:
@@ -188,13 +174,13 @@ class _Planner:
         if self._short("text"):
             return UMT5_BLOCKS
         counts = (0, *range(LEAST_SWAP, UMT5_BLOCKS))
-        return next((n for n in counts if self._fits(self._text(n))), UMT5_BLOCKS)
+        return next((n for n in counts if self._fits(text_stage(self.needs, n))), UMT5_BLOCKS)
 
     def _encode_tile(self) -> tuple[int, int] | None:
-        return self._tile("picture", self._picture)
+        return self._tile("picture", partial(picture_stage, self.needs))
 
     def _decode_tile(self) -> tuple[int, int] | None:
-        return self._tile("decode", self._decode)
+        return self._tile("decode", partial(decode_stage, self.needs))
 
     def _tile(
         self, name: str, stage: Callable[[tuple[int, int] | None], Stage]
@@ -245,4 +231,4 @@ class _Planner:
         """Whether the transformer can stay while the VAE decodes; one of two experts leaves."""
         if self.needs.model.experts > 1 or not self.needs.on_device:
             return False
-        return self._fits(self._decode(tile, resident_bytes(self.needs, swap)))
+        return self._fits(decode_stage(self.needs, tile, resident_bytes(self.needs, swap)))

@@ -162,4 +162,5 @@ def _needs(
         texts=max(steps.passes),
         quantised_attention=any(MODES[c.mode].quality < Quality.EXACT for c in attention.choices),
         keeps_residuals=cache is not None and cache.keeps_residuals,
+        segments_grow=situation.hardware.segments_grow,
     )

@@ -216,6 +216,7 @@ def _memory(memory: MemoryPlan) -> dict[str, Any]:
         "peak_host_bytes": memory.host_peak,
         "pinned_bytes": memory.pinned,
         "fits": memory.fits,
+        "segments_grow": memory.segments_grow,
         "stages": {
             stage.name: [
                 {

@@ -15,7 +15,7 @@ class Needs:
     """One video. The size is (width, height), on the grid; ``format`` is what the transformer's
     matrices are packed in, None where they are plain; ``lora_bytes`` lie beside them. A step makes
     a pass for each of ``texts``; ``keeps_residuals`` says that a step cache keeps what the blocks
-    add, for each."""
+    add, for each; where ``segments_grow``, less of the device is lost between tensors."""
 
     request: Request
     model: Model
@@ -28,6 +28,7 @@ class Needs:
     quantised_attention: bool
     texts: int = 1
     keeps_residuals: bool = False
+    segments_grow: bool = False
 
     @property
     def on_device(self) -> bool:

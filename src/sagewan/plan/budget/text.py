@@ -1,8 +1,8 @@
 """The text encoder, UMT5-XXL."""
 
+from sagewan.plan.budget.needs import Needs
 from sagewan.plan.budget.stage import Item, Stage, placed, where
 from sagewan.plan.hardware import MIB
-from sagewan.plan.models import Model
 
 # UMT5-XXL: its table of words, and one of its blocks, in parameters.
 _UMT5_WORDS = 256_384 * 4096
@@ -18,8 +18,9 @@ def text_staging(swapped: int, dtype_bytes: int) -> int:
     return 2 * _UMT5_BLOCK * dtype_bytes if swapped else 0
 
 
-def text_stage(model: Model, dtype_bytes: int, swapped: int, *, on_device: bool) -> Stage:
+def text_stage(needs: Needs, swapped: int) -> Stage:
     """The text encoder, of whose blocks so many are swapped."""
+    model, dtype_bytes, on_device = needs.model, needs.number_bytes, needs.on_device
     if model.is_demo:
         return Stage("text", placed("text encoder", 2_200_000, 0, on_device=on_device))
     words, block = _UMT5_WORDS * dtype_bytes, _UMT5_BLOCK * dtype_bytes

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from sagewan.plan.budget.needs import Needs
 from sagewan.plan.budget.stage import Item, Stage, placed
 from sagewan.plan.decoding import EXACT, Decoding
 from sagewan.plan.hardware import MIB
@@ -14,6 +15,9 @@ from sagewan.plan.models import Model
 # went in these (H100).
 VAE_FRAGMENTATION = 0.65
 TILE_FRAGMENTATION = 0.9
+# Where segments grow: decoding goes in 1.05 to 1.14 times the live tensors, and torch holds 1.17 to
+# 1.37 times them without a limit (H100).
+GROWING_FRAGMENTATION = 0.3
 # Pieces of the video in pinned memory at once, on their way from a GPU (H100).
 _PIECES = 4
 _CLIP = 632_000_000
@@ -55,13 +59,11 @@ def vae_costs(model: Model) -> VaeCosts:
     return _VAE_2_1 if model.spatial == 8 else _VAE_2_2
 
 
-def picture_stage(
-    model: Model, size: tuple[int, int], tile: tuple[int, int] | None, *, on_device: bool
-) -> Stage:
-    """CLIP (Wan 2.1), then the VAE's encoder; they are never there together. ``size`` and ``tile``
-    are (rows, columns) of latent cells."""
-    costs = vae_costs(model)
-    sums = [("VAE encoder", costs.weights, encode_bytes(model, size, tile))]
+def picture_stage(needs: Needs, tile: tuple[int, int] | None) -> Stage:
+    """CLIP (Wan 2.1), then the VAE's encoder; they are never there together. ``tile`` is (rows,
+    columns) of latent cells."""
+    model, on_device, costs = needs.model, needs.on_device, vae_costs(needs.model)
+    sums = [("VAE encoder", costs.weights, encode_bytes(model, needs.cells, tile))]
     if model.image_encoder:
         sums.append(("picture encoder", _CLIP * 4, _CLIP_ACTIVATIONS))
     name, weights, active = max(sums, key=lambda sum_: sum_[1] + sum_[2])
@@ -69,7 +71,7 @@ def picture_stage(
         *placed(name, weights, 0, on_device=on_device),
         *placed("activations", active, 0, on_device=on_device),
     )
-    return Stage("picture", items, _lost(tile))
+    return Stage("picture", items, _lost(needs, tile))
 
 
 def encode_bytes(model: Model, size: tuple[int, int], tile: tuple[int, int] | None) -> int:
@@ -80,23 +82,16 @@ def encode_bytes(model: Model, size: tuple[int, int], tile: tuple[int, int] | No
     return costs.encode * prod(held) + costs.small_end * prod(size)
 
 
-def decode_stage(
-    model: Model,
-    shape: tuple[int, int, int],
-    tile: tuple[int, int] | None,
-    *,
-    on_device: bool,
-    staying: int = 0,
-    decoding: Decoding = EXACT,
-) -> Stage:
-    """The VAE's decoder; ``shape`` is (frames, rows, columns) of the latents, ``staying`` the bytes
-    of the transformer that stays on the device meanwhile."""
+def decode_stage(needs: Needs, tile: tuple[int, int] | None, staying: int = 0) -> Stage:
+    """The VAE's decoder; ``staying`` are the bytes of the transformer that stays on the device
+    meanwhile."""
+    model, on_device, decoding = needs.model, needs.on_device, needs.decoding
     costs = vae_costs(model)
-    frames, rows, columns = shape
+    frames, rows, columns = needs.shape
     pixels = (4 * (frames - 1) + 1) * rows * columns * model.spatial**2 * 3
     features = frames * rows * columns * costs.features * decoding.number_bytes // 4
     waiting = 0 if tile is None else features + pixels
-    sent = sent_bytes(shape, model, decoding) if on_device and tile is None else 0
+    sent = sent_bytes(needs.shape, model, decoding) if on_device and tile is None else 0
     active = decode_bytes(model, (rows, columns), tile, decoding)
     return Stage(
         "decode",
@@ -106,11 +101,13 @@ def decode_stage(
             Item("frames on their way", 0, sent, sent),
             Item("waiting transformer", staying),
         ),
-        _lost(tile),
+        _lost(needs, tile),
     )
 
 
-def _lost(tile: tuple[int, int] | None) -> float:
+def _lost(needs: Needs, tile: tuple[int, int] | None) -> float:
+    if needs.segments_grow:
+        return GROWING_FRAGMENTATION
     return VAE_FRAGMENTATION if tile is None else TILE_FRAGMENTATION
 
 

@@ -1,0 +1,28 @@
+"""Segments of a GPU's memory that can grow: torch's allocator has them, but not unless asked.
+
+A segment that is taken as it is can't be used for a larger tensor, and the VAE's are of many sizes:
+where segments grow, decoding goes in a fifth less (docs/measured.md).
+"""
+
+import os
+import platform
+import sys
+
+# Where torch reads what its allocator is to do, the older name last; it does so as it starts.
+_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_GROWING = "expandable_segments:True"
+
+
+def let_segments_grow() -> bool:
+    """Ask torch for segments that can grow, if it is not imported yet; whether they do. Whoever has
+    set torch's allocator already is not overruled."""
+    said = next((os.environ[name] for name in _SETTINGS if name in os.environ), None)
+    if said is None and "torch" not in sys.modules and _have_them():
+        os.environ[_SETTINGS[0]] = said = _GROWING
+    return _GROWING.lower() in (said or "").replace(" ", "").lower()
+
+
+def _have_them() -> bool:
+    # torch has none on Windows. Under WSL drivers before R615 refuse them on some cards:
+    # https://github.com/pytorch/pytorch/issues/192330
+    return platform.system() == "Linux" and "microsoft" not in platform.release().lower()

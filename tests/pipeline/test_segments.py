@@ -1,0 +1,76 @@
+"""Growing segments are asked for in time, where there are any, and nobody is overruled."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from sagewan.pipeline.segments import let_segments_grow
+
+NEW, OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+
+
+@pytest.fixture(autouse=True)
+def linux_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-45-generic")
+    # Set and deleted again, so that what is set in a test is undone after it.
+    for name in (NEW, OLD):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+
+def test_they_are_asked_for_once_and_stay() -> None:
+    assert let_segments_grow()
+    assert os.environ[NEW] == "expandable_segments:True"
+    assert let_segments_grow()
+
+
+@pytest.mark.parametrize(
+    ("system", "release"), [("Windows", "10"), ("Linux", "6.18.33.2-microsoft-standard-WSL2")]
+)
+def test_not_where_torch_or_the_driver_has_none(
+    system: str, release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    assert not let_segments_grow()
+    assert NEW not in os.environ
+
+
+@pytest.mark.parametrize("name", [NEW, OLD])
+@pytest.mark.parametrize(
+    ("said", "grow"),
+    [
+        ("max_split_size_mb:128", False),
+        ("expandable_segments:False", False),
+        ("max_split_size_mb:128, expandable_segments: True", True),
+    ],
+)
+def test_what_the_user_set_stays(
+    name: str, said: str, grow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, said)
+    assert let_segments_grow() == grow
+    assert [os.environ.get(key) for key in (NEW, OLD) if key in os.environ] == [said]
+
+
+def test_too_late_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", object())
+    assert not let_segments_grow()
+    assert NEW not in os.environ
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has none elsewhere")
+def test_the_command_line_asks_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    clean = {key: value for key, value in os.environ.items() if key not in (NEW, OLD)}
+    code = (
+        "import os, sys; from sagewan.cli import main; main(['models']); "
+        f"sys.exit(0 if os.environ['{NEW}'] and 'torch' not in sys.modules else 1)"
+    )
+    if "microsoft" not in platform.release().lower():
+        assert subprocess.run([sys.executable, "-c", code], env=clean, check=False).returncode == 0

@@ -17,17 +17,23 @@ import torch
 
 from sagewan.attention.launch import Launcher
 from sagewan.errors import UnsupportedError
+from sagewan.memory.pinned import pinned_empty
 from sagewan.memory.placement import Place
 from sagewan.memory.tensors import tensors_of
 from sagewan.model.block import Block
 from sagewan.pipeline import conditions, decode, denoise
 from sagewan.pipeline.build import build
 from sagewan.pipeline.loaded import Part
+from sagewan.pipeline.recover import out_of_memory
 from sagewan.pipeline.run import generate
 from sagewan.pipeline.session import Session
 from sagewan.plan.budget.transformer import Chunks
+from sagewan.plan.evidence import Evidence
+from sagewan.plan.hardware import GIB
 from sagewan.plan.memory import MemoryPlan
-from sagewan.plan.plan import Plan
+from sagewan.plan.plan import Plan, make_plan
+from sagewan.plan.request import Request
+from tests.machines import WAN_14B, machine
 from tests.pipeline.runs import difference, latents_of, plan_for
 from tests.pipeline.test_session import request
 
@@ -155,6 +161,35 @@ def test_on_a_cpu_less_is_not_to_be_had(
     with pytest.raises(UnsupportedError, match=r"the host ran out of memory in denoising"):
         generate(request(shrunken_folder(T2V), tmp_path / "x.mp4"))
     assert failing.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("what", "stage", "where", "advice"),
+    [
+        ("OutOfMemoryError: CUDA out of memory.", "denoise", "H100", "--frames"),
+        ("OutOfMemoryError: CUDA out of memory.", "text", "H100", "; close other"),
+        ("MemoryError: 0.03 GiB of pinned host memory were refused", "text", "the host", "; close"),
+        ("RuntimeError: DefaultCPUAllocator: can't", "denoise", "the host", "; close"),
+        ("RuntimeError: DefaultCPUAllocator: can't", "decode", "the host", "--frames"),
+        ("RuntimeError: CUDA error: out of memory", "", "H100", "in this run"),
+    ],
+)
+def test_whose_memory_ran_out_is_told_apart(what: str, stage: str, where: str, advice: str) -> None:
+    plan = make_plan(Request(prompt="x"), WAN_14B, machine("H100"), Evidence())
+    said = str(out_of_memory(plan, what, stage))
+    assert said.startswith(("NVIDIA " if where == "H100" else "") + f"{where} ran out of memory")
+    assert advice in said
+    room = plan.memory.room if where == "H100" else plan.memory.host_room
+    assert f"{room / GIB:.2f} GiB free" in said
+
+
+def test_pinned_memory_that_is_refused_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", refused)
+    with pytest.raises(MemoryError, match=r"0\.25 GiB of pinned host memory"):
+        pinned_empty((1 << 28,), torch.uint8)
 
 
 def test_the_step_is_made_again_and_only_it(

@@ -6,6 +6,8 @@ given back. Here pages are mapped, registered with CUDA as they are, and unmappe
 
 import logging
 import mmap
+from collections.abc import Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -101,6 +103,20 @@ class PinnedMemory:
             f"{self.used / 2**30:.2f} GiB ({problem}); the rest is copied from ordinary memory, "
             "which is slower"
         )
+
+
+def pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor in pinned memory of torch's, which is kept for the next one. Raises
+    MemoryError: CUDA's own error does not say whose memory was not enough."""
+    try:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        nbytes = prod(shape) * dtype.itemsize
+        raise MemoryError(
+            f"{nbytes / 2**30:.2f} GiB of pinned host memory were refused ({error})"
+        ) from error
 
 
 def _mapped(nbytes: int) -> Tensor:

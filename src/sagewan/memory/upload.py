@@ -10,6 +10,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from sagewan.memory.pinned import pinned_empty
 from sagewan.plan.budget.stage import UPLOAD, UPLOADS
 
 # What is smaller is not worth a buffer.
@@ -32,7 +33,8 @@ def upload(tensors: Sequence[Tensor], device: str) -> list[Tensor]:
 
 def _send(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> None:
     on_gpu = device.type == "cuda"
-    buffers = [torch.empty(UPLOAD, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(UPLOADS)]
+    make = pinned_empty if on_gpu else torch.empty
+    buffers = [make((UPLOAD,), dtype=torch.uint8) for _ in range(UPLOADS)]
     sent: dict[int, torch.cuda.Event] = {}
     for turn, (source, target) in zip(cycle(range(UPLOADS)), _parts(pairs), strict=False):
         if turn in sent:

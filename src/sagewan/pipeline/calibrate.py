@@ -103,7 +103,7 @@ def _measured(plan: Plan, pictures: "Mapping[str, Image]", watch: Watch) -> Magn
             "--attention"
         ) from failure
     except NoMemory as stop:
-        raise out_of_memory(plan, stop.what) from stop
+        raise out_of_memory(plan, stop.what, "denoise") from stop
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

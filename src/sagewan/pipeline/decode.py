@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sagewan.memory.pinned import pinned_empty
 from sagewan.model.vae import decode_pieces, decode_tiles
 from sagewan.pipeline.build import Components
 from sagewan.pipeline.conditions import denormalized
@@ -75,10 +76,7 @@ def _sent(piece: Tensor, size: tuple[int, int]) -> _Frames:
     frames, finite = _cropped(frame_bytes(piece), size)[0], piece.isfinite().all()
     if not piece.is_cuda:
         return _Frames(frames, finite, None)
-    host = [
-        torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-        for x in (frames, finite)
-    ]
+    host = [pinned_empty(x.shape, x.dtype).copy_(x, non_blocking=True) for x in (frames, finite)]
     there = torch.cuda.Event()
     # The stream of the piece's own GPU: torch's current one may be another.
     there.record(torch.cuda.current_stream(piece.device))

@@ -121,7 +121,7 @@ class Recovery:
         shortage = Shortage(stage=stage, block_swap=before.block_swap, tile=tile, what=what)
         decision = self.decision.after_shortage(shortage)
         if again or _means(decision.plan.memory, stage) == _means(before, stage):
-            raise UnsupportedError(_no_more(self.plan, stage, what))
+            raise out_of_memory(self.plan, what, stage)
         self.decision = decision
         self.watch.planned(decision.plan)
         note = f"memory ran out {_WHILE[stage]} ({what}): made again {_how(decision.plan, stage)}"
@@ -165,6 +165,7 @@ _WHILE = {
     "picture": "while the picture was encoded",
     "denoise": "in denoising",
     "decode": "in decoding",
+    "": "in this run",
 }
 
 
@@ -193,27 +194,22 @@ def _how(plan: Plan, stage: str) -> str:
     return f"in {size}"
 
 
-def _no_more(plan: Plan, stage: str, what: str) -> str:
+def out_of_memory(plan: Plan, what: str, stage: str = "") -> UnsupportedError:
+    """What is said where memory ran out, and less of it would not do or was tried: what was asked
+    for, of the device or of the host, what was planned and free, and what helps."""
     memory = plan.memory
-    on_host = not memory.on_device or "DefaultCPUAllocator" in what or "host" in what.lower()
+    on_host = not memory.on_device or what.startswith("MemoryError") or "CPUAllocator" in what
     planned = memory.host_peak if on_host else memory.device_peak
     free = memory.host_room if on_host else memory.room
     where = "the host" if on_host else plan.device.name
-    # The text takes the same whatever the video is.
     advice = "close other programs"
-    if stage != "text":
+    # The text takes the same whatever the video is; beside a GPU the host holds weights, and the
+    # video only while it is put together from tiles.
+    if stage != "text" and (stage == "decode" or not (on_host and memory.on_device)):
         advice = f"choose {smaller(plan.model, plan.frames, plan.grid_size)}, or {advice}"
-    return (
+    return UnsupportedError(
         f"{where} ran out of memory {_WHILE[stage]} ({what}): {planned / GIB:.2f} GiB were planned "
         f"and {free / GIB:.2f} GiB free; {advice}"
-    )
-
-
-def out_of_memory(plan: Plan, what: str) -> UnsupportedError:
-    """What is said where nothing can be made again in less memory."""
-    return UnsupportedError(
-        f"{plan.device.name} ran out of memory ({what}); choose a smaller --size, fewer --frames "
-        "or a smaller model"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sagewan.checkpoint import convert as converting
+from sagewan.checkpoint.calibration import write_calibration
 from sagewan.checkpoint.convert import Conversion, convert
 from sagewan.checkpoint.names import original_transformer_name, transformer_name
 from sagewan.checkpoint.packed import Packed, unpack
@@ -209,3 +210,34 @@ def test_the_source_is_not_written_over(by_file: bool, source: Source, tmp_path:
 def test_names_go_there_and_back(source: Source) -> None:
     for name in source.entries:
         assert transformer_name(original_transformer_name(name)) == name
+
+
+def test_measured_inputs_change_the_numbers_and_no_scale_and_are_not_mixed_with_others(
+    source: Source, tmp_path: Path
+) -> None:
+    plain = comfy(source, "fp8_scaled", tmp_path / "plain.safetensors")
+    name = "blocks.1.ffn.net.0.proj"
+    measured = tmp_path / "measured.safetensors"
+    columns = source.entries[f"{name}.weight"].shape[1]
+    write_calibration(measured, {name: torch.linspace(0, 2, columns).expand(1, columns)})
+    conversion = Conversion(to="fp8_scaled", layout="comfy", measured=measured)
+    # Those of another rounding are not taken for these.
+    with pytest.raises(RequestError, match="is not what this would write"):
+        convert(source, tmp_path / "plain.safetensors", conversion, quiet)
+    convert(source, tmp_path / "own.safetensors", conversion, quiet)
+    own = load_file(tmp_path / "own.safetensors")
+    assert own.keys() == plain.keys()
+    changed = [key for key in own if not own[key].float().equal(plain[key].float())]
+    assert changed == ["blocks.1.ffn.0.weight"]
+    # What it loses of that direction it makes up for.
+    weight: Any = source.read(f"{name}.weight")
+    direction = torch.linspace(0, 2, columns)
+    lost = [
+        (
+            file["blocks.1.ffn.0.weight"].float() * file["blocks.1.ffn.0.weight_scale"]
+            - weight.float()
+        )
+        @ direction
+        for file in (plain, own)
+    ]
+    assert lost[1].norm() < 0.3 * lost[0].norm()

@@ -1,8 +1,11 @@
 """``sagewan calibrate``: what it says, and where it keeps it."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from sagewan.cache import cache_folder
+from sagewan.checkpoint.find import demo_folder
 from tests.cli.conftest import Said
 
 
@@ -33,3 +36,27 @@ def test_what_it_can_t_measure_for_is_refused_and_what_it_leaves_out_is_said(
     said = sagewan("calibrate", *words, "--sparsity", "radial:0.75")
     assert said.code == 0, said.err
     assert "sparsity radial:0.75 is left out" in " ".join(said.err.split())
+
+
+def test_for_weights_it_says_how_much_it_knows_and_the_plan_goes_by_it(
+    sagewan: Callable[..., Said], tmp_path: Path
+) -> None:
+    # Without the measurements that come with it.
+    model = shutil.copytree(demo_folder(), tmp_path / "demo", ignore=lambda *_: {"inputs"})
+    words = ("--model", str(model), "--size", "64x64", "--frames", "5", "--steps", "2")
+    assert "rounded by" not in sagewan("plan", *words, "-q", "fp8_scaled").out
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball grows\n一个绿色的三角形向左移动\n", encoding="utf-8")
+    said = sagewan(
+        "calibrate", *words, "--for", "weights", "--prompts", str(prompts), "--lora", "night"
+    )
+    assert said.code == 0, said.err
+    assert "36 layers: at least " in said.out
+    assert f"kept in {cache_folder() / 'inputs'}" in said.out
+    assert "lora is left out" in " ".join(said.err.split())
+    planned = " ".join(sagewan("plan", *words, "-q", "fp8_scaled").out.split())
+    assert f"rounded by the inputs in {cache_folder() / 'inputs'}" in planned
+    assert "rounded by" not in sagewan("plan", *words, "-q", "none").out
+    refused = sagewan("calibrate", *words, "--prompts", str(prompts))
+    assert refused.code == 2
+    assert "one video measures a step cache" in refused.err

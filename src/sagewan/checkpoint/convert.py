@@ -7,16 +7,18 @@ Packed matrices are written as ComfyUI's own tools do: ``X.weight``, ``X.weight_
 ``X.weight_scale_2``, and ``X.comfy_quant``, JSON in bytes that names the format.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sagewan.checkpoint.calibration import by_layer
 from sagewan.checkpoint.containers import open_file
 from sagewan.checkpoint.names import original_transformer_name
 from sagewan.checkpoint.packed import Packed
@@ -37,13 +39,28 @@ _STEM = "diffusion_pytorch_model"
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """What is to become of a transformer: ``to`` a quantization, in a ``layout``; ``device`` does
-    the arithmetic; ``family`` chooses the policy that says which layers."""
+    the arithmetic; ``family`` chooses the policy that says which layers; ``measured`` is the file
+    of their inputs that they are rounded by, if they were measured."""
 
     to: str
     layout: str
     device: str = "cpu"
     family: str = "wan"
     shard_bytes: int = SHARD_BYTES
+    measured: Path | None = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header of each file says: weights that were rounded otherwise are others."""
+        by = self.measured and {
+            "rounded_by": hashlib.sha256(self.measured.read_bytes()).hexdigest()
+        }
+        return {"format": "pt", **(by or {})}
+
+    @cached_property
+    def directions(self) -> Callable[[str, int], Tensor | None]:
+        """A layer's name and its number of inputs → the directions in which they lie, if known."""
+        return by_layer(self.measured)
 
     @property
     def format(self) -> str:
@@ -195,16 +212,22 @@ def _check_place(
 
 
 def _is_written(path: Path, entries: Sequence[Entry], conversion: Conversion) -> bool:
-    """Whether a file holds the tensors that these weights become, by names, dtypes and shapes."""
+    """Whether a file holds the tensors that these weights become, by names, dtypes and shapes, and
+    by what they were rounded."""
     wanted = {slot.name: slot for entry in entries for slot in _slots(entry, conversion)}
     try:
-        found = open_file(path).tensors
+        file = open_file(path)
     except CheckpointError:
         return False
-    return found.keys() == wanted.keys() and all(
-        (found[name].dtype, found[name].shape)
-        == (str(slot.dtype).removeprefix("torch."), slot.shape)
-        for name, slot in wanted.items()
+    found = file.tensors
+    return (
+        file.metadata == conversion.metadata
+        and found.keys() == wanted.keys()
+        and all(
+            (found[name].dtype, found[name].shape)
+            == (str(slot.dtype).removeprefix("torch."), slot.shape)
+            for name, slot in wanted.items()
+        )
     )
 
 
@@ -231,7 +254,7 @@ def _write_shard(
     told: Callable[[int], None],
 ) -> None:
     slots = [slot for entry in entries for slot in _slots(entry, conversion)]
-    with Writer(path, slots, {"format": "pt"}) as writer:
+    with Writer(path, slots, conversion.metadata) as writer:
         place = 0
         for number, entry in enumerate(entries, start=1):
             count = len(_slots(entry, conversion))
@@ -261,7 +284,8 @@ def _append(
         writer.append(found)
         return
     weight = found.to(conversion.device)
-    packed = pack(weight, conversion.format, per_tensor=True)
+    directions = conversion.directions(entry.name.removesuffix(".weight"), entry.shape[1])
+    packed = pack(weight, conversion.format, per_tensor=True, directions=directions)
     error = relative_error(packed, weight)
     if not error < _MOST[conversion.format]:
         raise CheckpointError(

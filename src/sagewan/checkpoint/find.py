@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 from sagewan.checkpoint.assemble import assemble
-from sagewan.checkpoint.folder import read_model
+from sagewan.checkpoint.calibration import find_calibration
+from sagewan.checkpoint.folder import TRANSFORMERS, read_model
 from sagewan.checkpoint.places import hub_cache, models_folder
 from sagewan.errors import CheckpointError
 from sagewan.plan.models import DEMO, PUBLISHED, Model
@@ -32,6 +33,16 @@ def find_model(name_or_path: str, *, need_files: bool = True) -> Model:
     None), and a file's own do where other parts of its model are missing. Raises CheckpointError,
     one sentence with the fix, within some milliseconds.
     """
+    model = _found(name_or_path, need_files=need_files)
+    places = {part: find_calibration(model.parts[part]) for part in _transformers(model)}
+    return replace(model, measured={part: path for part, path in places.items() if path})
+
+
+def _transformers(model: Model) -> list[str]:
+    return [part for part in TRANSFORMERS if part in model.parts]
+
+
+def _found(name_or_path: str, *, need_files: bool) -> Model:
     if name_or_path == DEMO:
         return read_model(demo_folder(), DEMO)
     if name_or_path in PUBLISHED:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sagewan.checkpoint import kitchen
+from sagewan.checkpoint.compensate import compensated
 from sagewan.reference.formats import E2M1_MAX, E4M3_MAX, NVFP4_GROUP, e2m1
 
 # Steps of e4m3 from the scale that maps the largest weight to 6: five up, it is about 4. Of all
@@ -21,20 +22,27 @@ _LEAST, _MOST = 1, 126  # the smallest and the largest positive number of e4m3, 
 _NUMBERS_CPU, _NUMBERS_GPU = 2**17, 2**23
 
 
-def quantize_nvfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_nvfp4(
+    weight: Tensor, directions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """[N, K] of any float dtype → data uint8 [N', K'/2], high nibble first, block scales e4m3 in
-    cuBLAS's swizzle, and the tensor's scale, float32 []; N' and K' are N and K rounded up to 16."""
+    cuBLAS's swizzle, and the tensor's scale, float32 []; N' and K' are N and K rounded up to 16.
+    ``directions`` [R, K] of the inputs, if known, choose the numbers, not the scales."""
     rows, columns = weight.shape
     tensor_scale = kitchen.nonzero(weight.abs().amax().float() / (E4M3_MAX * E2M1_MAX))
     padded = F.pad(weight, (0, -columns % NVFP4_GROUP, 0, -rows % NVFP4_GROUP))
-    numbers = _NUMBERS_GPU if weight.is_cuda else _NUMBERS_CPU
+    if directions is not None:
+        directions = F.pad(directions.float(), (0, -columns % NVFP4_GROUP))
+    # Turn after turn small parts would take their time in starting.
+    few = directions is None and not weight.is_cuda
+    numbers = _NUMBERS_CPU if few else _NUMBERS_GPU
     parts = padded.split(max(1, numbers // max(1, padded.shape[1])))
-    done = [_rounded(part.float() / tensor_scale) for part in parts]
+    done = [_rounded(part.float() / tensor_scale, directions) for part in parts]
     scales = torch.cat([scale for _, scale in done])
     return torch.cat([data for data, _ in done]), kitchen.swizzle(scales), tensor_scale
 
 
-def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _rounded(weight: Tensor, directions: Tensor | None) -> tuple[Tensor, Tensor]:
     """[n, K] with the tensor's scale taken out → data uint8 [n, K/2], scales e4m3 [n, K/16]."""
     blocks = weight.unflatten(1, (-1, NVFP4_GROUP))
     usual = blocks.abs().amax(2) / E2M1_MAX
@@ -46,8 +54,20 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
         lost = (e2m1(blocks / scale) * scale).sub_(blocks).square_().sum(2)
         # Of equals the first stays, so that blocks of zeros have the same scale everywhere.
         best, least = torch.where(lost < least, tried, best), torch.minimum(lost, least)
-    numbers = e2m1(blocks / _scale(best)).flatten(1)
+    numbers = _numbers(weight, _scale(best).expand_as(blocks).flatten(1), directions)
     return _packed(numbers), best.to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def _numbers(weight: Tensor, scale: Tensor, directions: Tensor | None) -> Tensor:
+    """Values of e2m1 for weights and their scales, all [n, K]."""
+    if directions is None:
+        return e2m1(weight / scale)
+
+    def nearest(values: Tensor, columns: Tensor) -> Tensor:
+        own = scale[:, columns]
+        return e2m1(values / own) * own
+
+    return e2m1(compensated(weight, directions, nearest) / scale)
 
 
 def _scale(bits: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ COMMANDS = {
     "download": "fetch a published model: resumed, checked, never without being asked",
     "doctor": "say what this machine can run, and try it",
     "queue": "show and change the videos that wait, or make them",
-    "calibrate": "measure a model once, for --cache mag",
+    "calibrate": "measure a model once, for --cache mag or for quantising it",
     "quantize": "write a model's transformer as FP8 or FP4 files",
     "bench": "measure attention or a whole step here, ours and others', on the same inputs",
     "jobs": "list, show and cancel runs",

@@ -85,6 +85,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
         main = plan.weights.main
         rows.append(("", f"{plan.weights.format}, multiplied by {main.name} ({main.compute})"))
         rows += [("", f"{row.name} is tested before the run") for row in plan.weights.unproven]
+    rows += [("", f"rounded by the inputs in {path}") for path in plan.weights.measured.values()]
     rows += [("blocks" if first else "", text) for first, text in _first(_blocks(plan))]
     rows += [("memory" if first else "", text) for first, text in _first(_memory(plan))]
     seconds = estimated_seconds(plan)

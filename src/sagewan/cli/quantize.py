@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert each transformer, and print what its worst layers lost."""
+    from sagewan.checkpoint.calibration import find_calibration
     from sagewan.checkpoint.convert import Conversion, convert
     from sagewan.cli.generate import stopped_by_signals
     from sagewan.pipeline.files import check_file, written_whole
@@ -64,8 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     with stopped_by_signals(watch), shown(watch), _disk_told(arguments.target):
         for source, target in zip(sources.values(), targets, strict=True):
             watch.stage(f"quantising to {target}", len(source.entries))
-            written = convert(source, target, conversion, lambda done, _: watch.step(done))
+            own = replace(conversion, measured=find_calibration(source.path))
+            written = convert(source, target, own, lambda done, _: watch.step(done))
             _tell(source, target, written)
+            if own.measured:
+                say(f"  rounded by the inputs in {own.measured}")
             errors[str(target)] = written.errors
         if arguments.layout == "diffusers":
             _complete(arguments.source, arguments.target, sources)

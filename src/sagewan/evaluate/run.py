@@ -23,6 +23,7 @@ from sagewan.pipeline.denoise import NoMemory
 from sagewan.pipeline.files import written_whole
 from sagewan.pipeline.probe import probe
 from sagewan.pipeline.progress import Watch
+from sagewan.pipeline.prompts import read_prompts
 from sagewan.pipeline.report import software
 from sagewan.pipeline.session import Session
 from sagewan.plan.counted import counted
@@ -32,7 +33,6 @@ from sagewan.plan.request import Request
 from sagewan.plan.serialize import settings
 from sagewan.plan.sparsity import Sparsity
 from sagewan.plan.step_cache import StepCache
-from sagewan.plan.words import check_words
 
 logger = logging.getLogger(__name__)
 
@@ -132,16 +132,7 @@ def _prompts(evaluation: Evaluation, model: Model) -> list[Asked]:
                 "--prompts prompts.txt; only the demo model has its own"
             )
         return held_out_prompts(evaluation.count or 16, seed, model)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = "it is not UTF-8" if isinstance(error, ValueError) else error.strerror
-        raise RequestError(f"prompts={path} can't be read ({why}); give a text file") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()][: evaluation.count]
-    if not prompts:
-        raise RequestError(f"prompts={path} holds no prompt: write one a line")
-    for number, prompt in enumerate(prompts, start=1):
-        check_words(f"prompts, number {number}", prompt, model)
+    prompts = read_prompts(path, model, evaluation.count)
     return [Asked(prompt=prompt) for prompt in prompts]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from sagewan.attention.launch import Launcher
+from sagewan.checkpoint.calibration import by_layer
 from sagewan.checkpoint.infer import config_of
 from sagewan.checkpoint.roles import IMAGE_ENCODER, TEXT_ENCODER, TRANSFORMER, VAE
 from sagewan.checkpoint.source import open_source
@@ -109,7 +110,6 @@ def build(
     dtype: torch.dtype = getattr(torch, plan.dtype)
     names = ("transformer", "transformer_2")[: plan.model.experts]
     with_picture = plan.model.image_encoder
-    stored = plan.weights.format or ("unpacked" if plan.weights.unpacks else "")
     shelf = _Shelf(loaded or Loaded(keeps=False), parts, plan.dtype)
     watch = watch or Watch()
     components = Components(
@@ -122,8 +122,8 @@ def build(
         transformers=tuple(
             shelf.expert(
                 name,
-                partial(_expert, plan=plan, watch=watch),
-                stored,
+                partial(_expert, name=name, plan=plan, watch=watch),
+                _stored(plan, name),
                 tuple(file for file in plan.loras if index in file.experts),
             )
             for index, name in enumerate(names)
@@ -182,7 +182,15 @@ class _Shelf:
         self.loaded.only(self._keys)
 
 
-def _expert(path: Path, plan: Plan, watch: Watch) -> Any:
+def _stored(plan: Plan, name: str) -> str:
+    """All that a transformer's weights in memory depend on, beside its files and the dtype."""
+    measured = plan.weights.measured.get(name)
+    # Measured again, it is quantised again.
+    when = f" by {measured} of {measured.stat().st_mtime_ns}" if measured else ""
+    return (plan.weights.format or ("unpacked" if plan.weights.unpacks else "")) + when
+
+
+def _expert(path: Path, name: str, plan: Plan, watch: Watch) -> Any:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     source = open_source(path, TRANSFORMER)
@@ -191,6 +199,7 @@ def _expert(path: Path, plan: Plan, watch: Watch) -> Any:
     weights, dtype = plan.weights, getattr(torch, plan.dtype)
     packing = Packing(
         formats=lambda layer: weights.format if weights.quantises(layer) else None,
+        directions=by_layer(weights.measured.get(name)),
         unpacks=weights.unpacks,
         device=plan.device.torch_name,
         told=lambda done, _all: watch.step(done),

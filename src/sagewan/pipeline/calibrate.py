@@ -2,7 +2,8 @@
 blocks add, against the step before. No video is written."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,13 +88,20 @@ def _measured(plan: Plan, pictures: "Mapping[str, Image]", watch: Watch) -> Magn
     watch.planned(plan)
     watch.stage("load")
     import_libraries()
+    with stops_told(plan):
+        return _denoised(plan, pictures, watch)
+
+
+@contextmanager
+def stops_told(plan: Plan) -> Iterator[None]:
+    """A block in which what breaks a run off, that is not made again, is one sentence."""
     from sagewan.attention.launch import is_out_of_memory
     from sagewan.attention.resolve import one_line
     from sagewan.pipeline.denoise import NoMemory, NotFinite, RowFailed
     from sagewan.pipeline.recover import out_of_memory, rejected
 
     try:
-        return _denoised(plan, pictures, watch)
+        yield
     except NotFinite as stop:
         raise rejected(plan, stop) from stop
     except RowFailed as stop:

@@ -33,11 +33,13 @@ def empty(make: Callable[[], Any]) -> Any:
 @dataclass(frozen=True)
 class Packing:
     """What becomes of a module's matrices on the way in: ``formats`` gives the format to quantise a
-    layer to by its name, None to leave it as it is; ``unpacks`` says to unpack what a file holds
-    quantised; the quantising is done on ``device``; ``told`` hears how many of all the module's
-    weights are in."""
+    layer to by its name, None to leave it as it is; ``directions``, by a layer's name and how many
+    inputs it has, those in which they lie, if that was measured; ``unpacks`` says to unpack what a
+    file holds quantised; the quantising is done on ``device``; ``told`` hears how many of all the
+    module's weights are in."""
 
     formats: Callable[[str], str | None] = lambda _: None
+    directions: Callable[[str, int], Tensor | None] = lambda _layer, _inputs: None
     unpacks: bool = False
     device: str = "cpu"
     told: Callable[[int, int], None] = lambda _done, _all: None
@@ -94,7 +96,10 @@ def _packed(
         # Whatever it is unpacked to, float32 holds it exactly.
         return found if linear and not packing.unpacks else unpack(found, torch.float32)
     format_ = packing.formats(layer) if linear else None
-    return pack(found.to(packing.device), format_).to("cpu") if format_ else found
+    if format_ is None:
+        return found
+    directions = packing.directions(layer, found.shape[1])
+    return pack(found.to(packing.device), format_, directions=directions).to("cpu")
 
 
 def _place(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -118,6 +118,7 @@ def weights_facts(plan: Plan, changes: Iterable[Change], measured: Measured) -> 
         "bytes": measured.weight_bytes,
         "compute": plan.dtype if plain else [dict(row) for row in measured.multiplied],
         "layers": dict(measured.formats),
+        "measured": {part: str(path) for part, path in plan.weights.measured.items()},
         "fallbacks": [change.to_json() for change in changes if change.part == "weights"],
         "lora": [file.to_json() for file in plan.loras],
     }

@@ -38,7 +38,8 @@ class Model:
     folder of each of its parts, by diffusers' names; ``quantized`` the format of the matrices that
     its transformer's file holds quantised, None if they are plain; ``dtypes`` what most bytes of a
     part's files are stored in, where they were looked at; ``notes`` sentences on what was made of
-    them; ``spatial`` and ``temporal`` how many pixels and frames make one latent; ``patch``
+    them; ``measured`` the file of what was measured of a transformer's inputs, by the name of its
+    part; ``spatial`` and ``temporal`` how many pixels and frames make one latent; ``patch``
     the transformer's patch (frames, rows, columns); ``experts`` is 2 for Wan 2.2 A14B, which
     changes from the high-noise to the low-noise transformer at ``boundary`` of the noise scale;
     ``expand_timesteps`` marks TI2V, where every token has its own time; ``words`` the only words a
@@ -68,6 +69,7 @@ class Model:
     quantized: str | None = None
     dtypes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    measured: Mapping[str, Path] = field(default_factory=dict)
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property

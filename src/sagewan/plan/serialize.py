@@ -271,6 +271,7 @@ def _weights(weights: WeightsPlan) -> dict[str, Any]:
         "quantization": weights.quantization,
         "format": weights.format,
         "unpacked": weights.unpacks,
+        "measured": {part: str(path) for part, path in weights.measured.items()},
         "multiply": {
             role: {"implementation": row.name, "compute": row.compute, "emulated": row.emulated}
             for role, row in rows.items()

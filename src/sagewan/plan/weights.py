@@ -1,8 +1,9 @@
 """What the transformer's weights are stored in, and what multiplies by them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from types import MappingProxyType
 
 from sagewan.plan.evidence import Evidence
@@ -68,7 +69,8 @@ class WeightsPlan:
 
     ``format`` is what the block's matrices become, None if they stay as the file has them;
     ``unpacks`` tells that a file's quantised matrices are unpacked to 16 bit. ``rows`` holds the
-    row for each format and role; ``bytes`` is what one transformer takes.
+    row for each format and role; ``bytes`` is what one transformer takes. ``measured`` is what
+    weights are rounded by, if they are to be quantised: a transformer's file of its inputs.
     """
 
     requested: str
@@ -81,6 +83,7 @@ class WeightsPlan:
     bytes: int
     unproven: tuple[LinearRow, ...] = ()
     refused: tuple[tuple[str, Objection], ...] = ()
+    measured: Mapping[str, Path] = field(default_factory=dict)
 
     def quantises(self, name: str) -> bool:
         """Whether the layer of this name in the transformer is to be quantised while loading."""
@@ -143,6 +146,7 @@ def plan_weights(request: Request, preset: Preset | None, situation: Situation) 
         bytes=weight_bytes(model, dtype, used, policy),
         unproven=tuple(sorted(unproven, key=lambda row: row.name)),
         refused=refused,
+        measured=model.measured if format_ else {},
     )
 
 

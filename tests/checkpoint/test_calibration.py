@@ -1,0 +1,77 @@
+"""What was measured of the inputs is found beside the weights, or where it was kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sagewan.checkpoint.calibration import (
+    by_layer,
+    find_calibration,
+    measured_layer,
+    place_of,
+    write_calibration,
+)
+from sagewan.errors import CheckpointError
+
+Q = "blocks.3.attn1.to_q"
+
+
+def test_it_is_kept_and_found_again(tmp_path: Path) -> None:
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    assert find_calibration(folder) is None
+    known = {Q: torch.randn(8, 32), "blocks.3.ffn.net.2": torch.randn(4, 48) * 1e4}
+    for _ in range(2):  # measured again, it takes the place of the first
+        write_calibration(place_of(folder), known)
+    path = find_calibration(folder)
+    assert path == place_of(folder)
+    directions = by_layer(path)
+    found = directions(Q, 32)
+    assert found is not None
+    assert torch.allclose(found.float(), known[Q], rtol=0.07, atol=0.002)
+    assert directions("blocks.3.ffn.net.2", 48).float().isfinite().all()  # type: ignore[union-attr]
+    assert directions("blocks.4.ffn.net.2", 48) is None
+    # Queries, keys and values have one input.
+    assert directions("blocks.3.attn1.to_v", 32) is found
+    assert find_calibration(tmp_path / "other") is None
+
+
+def test_the_one_beside_the_weights_comes_first(tmp_path: Path) -> None:
+    file = tmp_path / "wan.safetensors"
+    write_calibration(place_of(file), {Q: torch.ones(1, 4)})
+    assert find_calibration(file) == place_of(file)
+    write_calibration(tmp_path / "inputs" / "wan.safetensors", {Q: torch.ones(1, 4)})
+    assert find_calibration(file) == tmp_path / "inputs" / "wan.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("layer", "other"),
+    [
+        ("blocks.0.attn1.to_k", "blocks.0.attn1.to_q"),
+        ("blocks.0.attn1.to_out.0", "blocks.0.attn1.to_out.0"),
+        ("blocks.0.attn2.to_q", "blocks.0.attn2.to_q"),
+        ("blocks.0.attn2.to_k", None),
+        ("blocks.0.attn2.add_v_proj", None),
+        ("proj_out", None),
+        ("condition_embedder.time_proj", None),
+    ],
+)
+def test_the_text_and_what_is_outside_the_blocks_is_not_measured(
+    layer: str, other: str | None
+) -> None:
+    assert measured_layer(layer) == other
+
+
+def test_what_is_another_models_or_damaged_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    write_calibration(path, {Q: torch.ones(2, 16)})
+    with pytest.raises(CheckpointError, match=r"32 inputs, and 16 were measured: remove the file"):
+        by_layer(path)(Q, 32)
+    write_calibration(path, {Q: torch.full((2, 16), torch.nan)})
+    with pytest.raises(CheckpointError, match=r"is no measurement of inputs"):
+        by_layer(path)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(CheckpointError):
+        by_layer(path)
+    assert by_layer(None)(Q, 32) is None

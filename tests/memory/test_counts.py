@@ -47,13 +47,15 @@ class NoAttention(Attention):
         pytest.param(*("wan2.2-ti2v-5b", (1280, 704), 121, Chunks(2048, 8)), marks=SLOW),
         pytest.param(*("wan2.2-t2v-a14b", (1920, 1088), 121, Chunks(4096, 8)), marks=SLOW),
         ("wan2.1-t2v-1.3b", (416, 240), 17, Chunks(None, None)),
+        ("wan2.1-t2v-14b", (832, 480), 33, Chunks(None, None)),
+        ("wan2.2-ti2v-5b", (1280, 704), 61, Chunks(None, None)),
     ],
 )
 def test_activations_of_the_transformer(
     name: str, size: tuple[int, int], frames: int, chunks: Chunks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = PUBLISHED[name]
-    if chunks.tokens == 16384:
+    if chunks.heads is None:
         # A matrix of scores with the text, which no GPU makes, is more than all else here.
         monkeypatch.setattr(block, "scaled_dot_product_attention", lambda q, *_: q.clone())
     latents = torch.empty(
@@ -73,7 +75,9 @@ def test_activations_of_the_transformer(
     with torch.no_grad(), attention.during(turn), Meter() as meter:
         transformer(latents, torch.empty(1, device="meta"), text)
     counted = activations(model, model.tokens(size, frames), 2, chunks, quantised=False)
-    assert LOW < counted / meter.peak < HIGH, (counted / meter.peak, meter.peak / 2**30)
+    # Of a whole sequence the feed-forward takes most, with room for rows that are rounded there.
+    high = HIGH if chunks.tokens else 1.35
+    assert LOW < counted / meter.peak < high, (counted / meter.peak, meter.peak / 2**30)
 
 
 class Rounding(torch.nn.Linear):
@@ -92,13 +96,21 @@ class NoKernels:
     def run(self, *_: object, **__: object) -> None: ...
 
 
-@pytest.mark.parametrize("frames", [81, 121])
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [
+        ("wan2.1-t2v-14b", 81),
+        ("wan2.1-t2v-14b", 121),
+        ("wan2.1-t2v-14b", 13),
+        ("wan2.2-ti2v-5b", 61),
+    ],
+)
 @pytest.mark.parametrize("linear", [torch.nn.Linear, Rounding])
 def test_activations_of_a_fused_block_with_all_heads_at_once(
-    frames: int, linear: type[torch.nn.Linear], monkeypatch: pytest.MonkeyPatch
+    name: str, frames: int, linear: type[torch.nn.Linear], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block, "scaled_dot_product_attention", lambda q, *_: q.clone())
-    name, (width, height) = "wan2.1-t2v-14b", (1280, 720)
+    width, height = 1280, 704 if name == "wan2.2-ti2v-5b" else 720
     model, transformer, attention = PUBLISHED[name], on_meta(name), NoAttention(Launcher())
     for layer in transformer.blocks.modules():
         if isinstance(layer, torch.nn.Linear):
@@ -107,7 +119,8 @@ def test_activations_of_a_fused_block_with_all_heads_at_once(
     tokens = model.tokens((width, height), frames)
     chunks = roomy_chunks(tokens)
     turn = Turn(PLAN, 1, lambda: None, chunk=chunks.tokens, heads=chunks.heads)
-    shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
+    cells = height // model.spatial, width // model.spatial
+    shape = (1, model.in_channels, (frames - 1) // 4 + 1, *cells)
     latents = torch.empty(shape, device="meta", dtype=torch.bfloat16)
     text = torch.empty(1, 512, 4096, device="meta", dtype=torch.bfloat16)
     with torch.no_grad(), attention.during(turn), Meter() as meter:

@@ -68,9 +68,8 @@ def small_chunks() -> Chunks:
 
 
 # Bytes a token's feature takes on the way through a chunk: float32 norm and product, 16-bit input,
-# projections, rotation; and for a whole sequence also the feed-forward's.
+# projections, rotation.
 _PER_CHUNK = 15
-_PER_WHOLE = 38
 # Q, K, V and the hidden state.
 _ALIVE = 4
 # Where all heads are attended at once, Q, K and V are made of all tokens' input at once: that is
@@ -90,8 +89,7 @@ def activations(
     heads = model.heads if chunks.heads is None else min(chunks.heads, model.heads)
     rotary = 2 * 4 * tokens * model.head_dim
     alive = _ALIVE * tokens * width * dtype_bytes
-    per = _PER_WHOLE if chunks.tokens is None else _PER_CHUNK
-    preparing = chunk * width * per * dtype_bytes // 2
+    preparing = chunk * width * _PER_CHUNK * dtype_bytes // 2
     if chunks.heads is None:
         preparing = max(preparing, tokens * width * (_INPUT * dtype_bytes + _ROUNDED))
     attended = tokens * heads * model.head_dim

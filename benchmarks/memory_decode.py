@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,21 @@ def decode(modes: tuple[str, ...] = ("fixed", "growing")) -> dict[str, Any]:
     except CutOffError:
         return {"shapes": found, "cut off": True}
     return {"shapes": found}
+
+
+def decode_speed() -> dict[str, Any]:
+    """Seconds to decode 81 frames of 832×480, with fixed segments and with those that can grow in
+    turns, each from an empty cache as in a run; the first of each chooses and loads kernels."""
+    seconds: dict[str, list[float]] = {"fixed": [], "growing": []}
+    shape = Shape(T2V, (832, 480), None)
+    for mode in (*seconds,) * 5:
+        with _segments(growing=mode == "growing"):
+            needs = replace(shape.needs(growing=mode == "growing"), frames=81)
+            vae = random_vae(shape.model, needs.decoding).eval().to(DEVICE)
+            latents = torch.randn(1, shape.model.latent_channels, *needs.shape, device=DEVICE)
+            seconds[mode].append(round(_decoded(latents.to(vae.dtype), vae, None)[0], 3))
+            del vae
+    return {"seconds": seconds, "least": {mode: min(found) for mode, found in seconds.items()}}
 
 
 def _planned(shape: Shape, needs: Needs) -> dict[str, float]:

@@ -48,7 +48,7 @@ def plain_plan(
     model: Model, dtype: str = "float32", loras: tuple[LoraFile, ...] = ()
 ) -> SimpleNamespace:
     """As much of a plan as the building of components asks for."""
-    weights = SimpleNamespace(format=None, unpacks=False, quantises=lambda name: False)
+    weights = SimpleNamespace(format=None, unpacks=False, quantises=lambda name: False, measured={})
     device = SimpleNamespace(torch_name="cpu")
     return SimpleNamespace(
         model=model, dtype=dtype, loras=loras, weights=weights, device=device, decoding=EXACT

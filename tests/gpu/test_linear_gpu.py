@@ -1,6 +1,7 @@
 """Quantised layers on a GPU: every row that it can run, what is called in it, and how it fails."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,25 @@ def test_a_product_added_is_the_product_and_the_sum(
         assert float(change) < 0.01
 
 
+def test_threads_that_add_the_same_products_shape_add_each_its_own() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("cuBLASLt adds them on Hopper")
+    x = quantize_rows(random(64, 512))
+    # Scales and biases, which are told by pointers, are all that differ.
+    cases = [(random(1024, 512) * 4.0**i, random(1024) * 4.0**i) for i in range(4)]
+    packed = [pack(weight, "float8_e4m3fn") for weight, _ in cases]
+
+    def added(case: int) -> torch.Tensor:
+        into = torch.zeros(64, 1024, dtype=torch.bfloat16, device="cuda")
+        matmul.add_fp8_rows(x, packed[case], cases[case][1], None, into)
+        return into.cpu()
+
+    alone = [added(case) for case in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for case, found in enumerate(pool.map(added, [0, 1, 2, 3] * 50)):
+            assert found.equal(alone[case % 4])
+
+
 @pytest.mark.parametrize("quantization", ["fp8_scaled", "fp4_scaled"])
 def test_a_run_multiplies_as_planned(quantization: str, tmp_path: Path) -> None:
     request = Request(
@@ -227,10 +247,13 @@ def test_a_run_multiplies_as_planned(quantization: str, tmp_path: Path) -> None:
         assert {row["implementation"] for row in added} == {low[quantization]}
 
 
-def test_a_weight_on_the_gpu_is_packed_as_on_the_host() -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_weight_on_the_gpu_is_packed_as_on_the_host(measured: bool) -> None:
     weight = random(256, 512)
+    known = random(8, 512) / 4 if measured else None
     for format_ in ("float8_e4m3fn", "nvfp4"):
-        here, there = pack(weight, format_), pack(weight.cpu(), format_)
+        here = pack(weight, format_, directions=known)
+        there = pack(weight.cpu(), format_, directions=None if known is None else known.cpu())
         assert isinstance(here, Packed)
         a, b = unpack(here, torch.float32).cpu(), unpack(there, torch.float32)
         assert float((a - b).norm() / b.norm()) < 0.01

@@ -2,6 +2,11 @@
 alone (``tests/gpu/test_linear_gpu``)."""
 
 import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +66,62 @@ def test_a_torch_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_it_tells_of_an_algorithm_has_the_size_that_it_writes() -> None:
     assert ctypes.sizeof(cublas_lt._Found) == 96
+
+
+class Recording:
+    """A library that writes down what it is asked for, and takes its time."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            time.sleep(0.0005)
+            self.calls.append((name.removeprefix("cublasLt"), threading.get_ident()))
+            if name.endswith("GetHeuristic"):
+                arguments[-1]._obj.value = 1
+            return 0
+
+        return call
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recording]:
+    library = Recording()
+    monkeypatch.setattr(cublas_lt, "_library", lambda: library)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    cublas_lt._handle.cache_clear()
+    yield library
+    cublas_lt._handle.cache_clear()
+
+
+def product() -> cublas_lt._Product:
+    return cublas_lt._Product(0, cublas_lt._Shape(4, 32, 48, bias=True, alignment=16))
+
+
+def test_what_is_made_to_choose_by_is_destroyed(recorded: Recording) -> None:
+    product()
+    made = [name for name, _ in recorded.calls if "Preference" in name and "Set" not in name]
+    assert made == ["MatmulPreferenceCreate", "MatmulPreferenceDestroy"]
+
+
+def test_a_threads_pointers_are_those_it_is_run_with(recorded: Recording) -> None:
+    own = product()
+    recorded.calls.clear()
+    x, weight, scale, into = given()
+    pointers = {cublas_lt._A_SCALE: scale, cublas_lt._B_SCALE: x.scale, cublas_lt._BIAS: scale}
+
+    def run() -> None:
+        for _ in range(3):
+            own.run(weight, x.data, into, pointers)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(recorded.calls) == 3 * 3 * 4
+    for start in range(0, len(recorded.calls), 4):
+        names, owners = zip(*recorded.calls[start : start + 4], strict=True)
+        assert names == ("MatmulDescSetAttribute",) * 3 + ("Matmul",)
+        assert len(set(owners)) == 1

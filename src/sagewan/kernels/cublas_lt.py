@@ -8,6 +8,7 @@ need its version 12.9 or newer, and this architecture.
 import ctypes
 import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -98,6 +99,8 @@ class _Product:
     def __init__(self, device: int, shape: _Shape) -> None:
         self._library = _library()
         self._handle = _handle(device)
+        # A call's pointers are written into the description, which all threads share.
+        self._one_at_a_time = threading.Lock()
         self._what = self._made("MatmulDesc", _IN_FLOAT, _FLOAT)
         self._set(_TRANSPOSE_A, ctypes.c_int32(_TRANSPOSED))
         self._set(_FAST_ACCUMULATION, ctypes.c_int8(1))
@@ -116,24 +119,31 @@ class _Product:
         self._found = self._chosen(shape.alignment)
 
     def run(self, weight: Tensor, x: Tensor, into: Tensor, pointers: dict[int, Tensor]) -> None:
-        for attribute, tensor in pointers.items():
-            self._set(attribute, ctypes.c_uint64(tensor.data_ptr()))
         one = ctypes.byref(ctypes.c_float(1.0))
         size = self._found.workspace
         workspace = torch.empty(size, dtype=torch.uint8, device=into.device)
         stream = torch.cuda.current_stream(into.device).cuda_stream
         out = ctypes.c_void_p(into.data_ptr())
-        self._call(
-            "Matmul", self._handle, self._what,
-            one, ctypes.c_void_p(weight.data_ptr()), self._weight,
-            ctypes.c_void_p(x.data_ptr()), self._x,
-            one, out, self._into, out, self._into,
-            ctypes.byref(self._found.algorithm), ctypes.c_void_p(workspace.data_ptr()),
-            ctypes.c_size_t(size), ctypes.c_void_p(stream),
-        )  # fmt: skip
+        with self._one_at_a_time:
+            for attribute, tensor in pointers.items():
+                self._set(attribute, ctypes.c_uint64(tensor.data_ptr()))
+            self._call(
+                "Matmul", self._handle, self._what,
+                one, ctypes.c_void_p(weight.data_ptr()), self._weight,
+                ctypes.c_void_p(x.data_ptr()), self._x,
+                one, out, self._into, out, self._into,
+                ctypes.byref(self._found.algorithm), ctypes.c_void_p(workspace.data_ptr()),
+                ctypes.c_size_t(size), ctypes.c_void_p(stream),
+            )  # fmt: skip
 
     def _chosen(self, alignment: int) -> _Found:
         preference = self._made("MatmulPreference")
+        try:
+            return self._preferred(preference, alignment)
+        finally:
+            self._call("MatmulPreferenceDestroy", preference)
+
+    def _preferred(self, preference: ctypes.c_void_p, alignment: int) -> _Found:
         wanted: list[tuple[int, Any]] = [(_WORKSPACE_BYTES, ctypes.c_size_t(_MOST_WORKSPACE))]
         wanted += [(attribute, ctypes.c_uint32(alignment)) for attribute in _ALIGNMENTS]
         for attribute, value in wanted:

@@ -30,6 +30,10 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'sagewan' has no attribute {name!r}")
+    from sagewan.pipeline.segments import let_segments_grow
+
+    # Before torch is imported by what is named.
+    let_segments_grow()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

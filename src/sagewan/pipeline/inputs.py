@@ -65,13 +65,16 @@ def measure_inputs(request: Request, prompts: Path | None, watch: Watch) -> Meas
     with stops_told(plan), Session() as session:
         samples = _denoised(plan, texts, session, watch)
     paths, shares = [], []
+    watch.stage("directions", sum(map(len, samples.values())))
     for part, layers in samples.items():
-        if not layers:
-            continue  # an expert whose turn never came
-        directions = {name: principal(torch.cat(rows)) for name, rows in layers.items()}
-        shares += [float(x.square().sum()) / x.shape[1] for x in directions.values()]
-        paths.append(place_of(model.parts[part]))
-        write_calibration(paths[-1], directions)
+        directions = {}
+        for name, rows in layers.items():
+            directions[name] = principal(torch.cat(rows))
+            shares.append(float(directions[name].square().sum()) / directions[name].shape[1])
+            watch.step(len(shares))
+        if layers:  # an expert's turn may never have come
+            paths.append(place_of(model.parts[part]))
+            write_calibration(paths[-1], directions)
     return Measured(plan=plan, layers=len(shares), least=min(shares), paths=tuple(paths))
 
 

@@ -38,11 +38,14 @@ def test_it_is_kept_and_found_again(tmp_path: Path) -> None:
 
 
 def test_the_one_beside_the_weights_comes_first(tmp_path: Path) -> None:
-    file = tmp_path / "wan.safetensors"
-    write_calibration(place_of(file), {Q: torch.ones(1, 4)})
-    assert find_calibration(file) == place_of(file)
-    write_calibration(tmp_path / "inputs" / "wan.safetensors", {Q: torch.ones(1, 4)})
-    assert find_calibration(file) == tmp_path / "inputs" / "wan.safetensors"
+    file, folder = tmp_path / "wan2.1.safetensors", tmp_path / "wan2.2"
+    file.touch()
+    folder.mkdir()
+    for transformer, name in ((file, "wan2.1.safetensors"), (folder, "wan2.2.safetensors")):
+        write_calibration(place_of(transformer), {Q: torch.ones(1, 4)})
+        assert find_calibration(transformer) == place_of(transformer)
+        write_calibration(tmp_path / "inputs" / name, {Q: torch.ones(1, 4)})
+        assert find_calibration(transformer) == tmp_path / "inputs" / name
 
 
 @pytest.mark.parametrize(

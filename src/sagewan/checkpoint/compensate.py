@@ -31,17 +31,18 @@ def compensated(weight: Tensor, directions: Tensor, nearest: Nearest) -> Tensor:
     columns = directions.to(weight.device, torch.float32).T
     # The largest first: what is left over at the end has the least to be made up for with.
     order = columns.square().sum(1).argsort(descending=True, stable=True)
-    turns = order.split(-(-len(order) // TURNS))
-    parts = [columns[turn] for turn in turns]
-    weights = _makes_up(parts, beside=1 - float(columns.square().sum(1).mean()))
+    at_once = -(-len(order) // TURNS)
+    parts = [columns[turn] for turn in order.split(at_once)]
+    shares = _makes_up(parts, beside=1 - float(columns.square().sum(1).mean()))
+    # Arranged once: columns that lie apart would be slow to read, turn after turn.
+    wanted = weight[:, order].float().split(at_once, dim=1)
     lost = weight.new_zeros(weight.shape[0], columns.shape[1], dtype=torch.float32)
-    out = torch.empty_like(weight, dtype=torch.float32)
-    for turn, part, share in zip(turns, parts, weights, strict=True):
-        wanted = weight[:, turn].float()
-        rounded = nearest(wanted - lost @ share, turn)
-        lost += (rounded - wanted) @ part
-        out[:, turn] = rounded
-    return out
+    out = []
+    for own, turn, part, share in zip(wanted, order.split(at_once), parts, shares, strict=True):
+        rounded = nearest(own - lost @ share, turn)
+        lost += (rounded - own) @ part
+        out.append(rounded)
+    return torch.cat(out, dim=1)[:, order.argsort()]
 
 
 def _makes_up(parts: list[Tensor], beside: float) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """``sagewan calibrate``: what it says, and where it keeps it."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,9 @@ def test_for_weights_it_says_how_much_it_knows_and_the_plan_goes_by_it(
     sagewan: Callable[..., Said], tmp_path: Path
 ) -> None:
     # Without the measurements that come with it.
-    model = shutil.copytree(demo_folder(), tmp_path / "demo", ignore=lambda *_: {"inputs"})
+    model = shutil.copytree(
+        demo_folder(), tmp_path / "demo", ignore=lambda *_: {"inputs"}, copy_function=os.symlink
+    )
     words = ("--model", str(model), "--size", "64x64", "--frames", "5", "--steps", "2")
     assert "rounded by" not in sagewan("plan", *words, "-q", "fp8_scaled").out
     prompts = tmp_path / "prompts.txt"

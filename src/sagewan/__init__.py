@@ -32,7 +32,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'sagewan' has no attribute {name!r}")
     from sagewan.pipeline.segments import let_segments_grow
 
-    # Before torch is imported by what is named.
+    # Before what is named uses a GPU.
     let_segments_grow()
     return getattr(importlib.import_module(_HOMES[name]), name)
 

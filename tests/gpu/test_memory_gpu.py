@@ -124,10 +124,11 @@ def test_weights_arrive_as_they_were_after_other_work() -> None:
         assert torch.equal(one.cpu().float(), wanted.float())
 
 
-def test_segments_grow_where_a_run_asks_for_them() -> None:
+@pytest.mark.parametrize("first", ["", "import torch"])
+def test_segments_grow_where_a_run_asks_for_them(first: str) -> None:
     """In a process of its own: torch reads its settings once."""
     clean = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
-    code = """
+    code = f"""{first}
 from sagewan.pipeline.probe import probe
 asked = probe().segments_grow
 import torch

@@ -4,6 +4,8 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,18 +14,25 @@ from sagewan.pipeline.segments import let_segments_grow
 NEW, OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 
 
+def torch_that(*, begun: bool) -> Any:
+    return SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: begun))
+
+
 @pytest.fixture(autouse=True)
-def linux_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def linux_before_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-45-generic")
     # Set and deleted again, so that what is set in a test is undone after it.
     for name in (NEW, OLD):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", torch_that(begun=False))
 
 
-def test_they_are_asked_for_once_and_stay() -> None:
+@pytest.mark.parametrize("imported", [False, True])
+def test_they_are_asked_for_once_and_stay(imported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not imported:
+        monkeypatch.delitem(sys.modules, "torch")
     assert let_segments_grow()
     assert os.environ[NEW] == "expandable_segments:True"
     assert let_segments_grow()
@@ -59,14 +68,19 @@ def test_what_the_user_set_stays(
 
 
 def test_too_late_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", object())
+    monkeypatch.setitem(sys.modules, "torch", torch_that(begun=True))
     assert not let_segments_grow()
     assert NEW not in os.environ
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="torch has none elsewhere")
 @pytest.mark.parametrize(
-    "first", ["from sagewan.cli import main; main(['models'])", "import sagewan; sagewan.Session"]
+    "first",
+    [
+        "from sagewan.cli import main; main(['models'])",
+        "import sagewan; sagewan.Session",
+        "import torch; torch.zeros(1)",
+    ],
 )
 def test_whoever_comes_first_asks(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()

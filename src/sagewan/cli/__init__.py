@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. A SagewanError is one sentence on stderr, what nobody
     foresaw keeps its traceback."""
     never_refuse_a_character()
-    # Before any command imports torch.
+    # Before any command uses a GPU.
     let_segments_grow()
     try:
         try:

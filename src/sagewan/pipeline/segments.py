@@ -8,18 +8,24 @@ import os
 import platform
 import sys
 
-# Where torch reads what its allocator is to do, the older name last; it does so as it starts.
+# Where torch reads what its allocator is to do, the older name last; it does so when a GPU is first
+# used (2.11).
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _GROWING = "expandable_segments:True"
 
 
 def let_segments_grow() -> bool:
-    """Ask torch for segments that can grow, if it is not imported yet; whether they do. Whoever has
-    set torch's allocator already is not overruled."""
+    """Ask torch for segments that can grow, if it has not begun to use a GPU; whether they do.
+    Whoever has set torch's allocator already is not overruled."""
     said = next((os.environ[name] for name in _SETTINGS if name in os.environ), None)
-    if said is None and "torch" not in sys.modules and _have_them():
+    if said is None and not _begun() and _have_them():
         os.environ[_SETTINGS[0]] = said = _GROWING
     return _GROWING.lower() in (said or "").replace(" ", "").lower()
+
+
+def _begun() -> bool:
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    return cuda is not None and cuda.is_initialized()
 
 
 def _have_them() -> bool:

@@ -101,15 +101,17 @@ def test_kernel_is_its_emulation(
     elif name == "sageattn_3_hopper":
         blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "keys_per_scale": 64}
     elif name == "sageattn_3_fp8_hopper":
-        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64}
-        blocks |= {"rounded_sums": True, "own_place": True}
+        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "keys_per_scale": 128}
+        blocks |= {"rounded_sums": True, "own_place": True, "headroom": 2}
     # The emulation rounds its output too: compared before that, in float32.
     wide = (x.float() for x in (q, k, v))
     same = getattr(emulation, mode)(*wide, **blocks) if dtype == torch.float16 else None
     _, same_lse = getattr(emulation, mode)(q, k, v, **blocks, return_lse=True)
     if same is not None:
         assert relative_error(out, same) < KERNEL_ERROR.get(name, KERNEL_ERROR[mode])
-    torch.testing.assert_close(lse, same_lse, atol=5e-3, rtol=1e-3)
+    # Where P is in FP8, a key with a tenth of a row's weight falls to the other side of a tie.
+    most = 1e-2 if name == "sageattn_3_fp8_hopper" else 5e-3
+    torch.testing.assert_close(lse, same_lse, atol=most, rtol=1e-3)
     expected = attention_with_lse(q, k, v)[1]
     assert relative_error(lse, expected) < (0.1 if mode == "sageattn_3_fp4" else 0.01)
 

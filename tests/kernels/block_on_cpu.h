@@ -94,6 +94,9 @@ static void start_barrier(u64 &x, int count) {
 }
 static void expect(u64 &x, int bytes) { advance(x, 1, bytes); }
 static void arrive(u64 &x) { advance(x, 1, 0); }
+static void arrive_if(bool so, u64 &x) {
+    if (so) arrive(x);
+}
 static void wait(u64 &x, int parity) {
     std::unique_lock<std::mutex> held(lock);
     changed.wait(held, [&] { return (barrier(x).rest & 1) != parity; });
@@ -124,6 +127,10 @@ static void copy_bytes(void *to, const TensorMap &map, int x, int y, int z, int 
     }
     advance(full, 0, -from.rows * 128);
 }
+static void copy_to_pair(void *, const TensorMap &, int, int, u64 &) { abort(); }
+static int rank_in_pair() { abort(); }
+static void arrive_at(u64 &, int) { abort(); }
+static void meet_pair() { abort(); }
 static void copy_tile(void *to, const TensorMap &map, int x, int y, u64 &full) {
     copy_bytes(to, map, x, y, 0, 0, full);
 }
@@ -177,11 +184,11 @@ static char at(u64 descriptor, int byte) { return *swizzled((char *)(descriptor 
 static unsigned short two_bytes_at(u64 descriptor, int byte) {
     return *(unsigned short *)swizzled((char *)(descriptor << 4) + byte);
 }
+static u64 kept(u64 descriptor) { return descriptor; }
 static void fence() {}
 static void commit() {}
 template <int PENDING> static void wait_products() {}
-template <int N> static void pin(float (&)[N]) {}
-template <int N> static void pin(int (&)[N]) {}
+template <class T, int N> static void pin(T (&)[N]) {}
 static int column(int i) { return i / 4 * 8 + lane_of() % 4 * 2 + i % 2; }
 
 static void multiply_scores(int (&s)[64], u64 q, u64 k) {

@@ -101,7 +101,8 @@ def prepare(mode: str, q: Tensor, k: Tensor, v: Tensor) -> Prepared[Rows, Any]:
     removed = q.float() @ k.float().mean(2, keepdim=True).repeat_interleave(groups, 1).mT * scale
     queries = _rows(turn(scaled - q_mean), removed.squeeze(3))
     bias = bias.squeeze(2) if smoothed else None
-    keys = _rows(turn(centred), bias, along=mode == "sageattn_3")
+    block = 128 if mode == "sageattn_3_fp8" else 64
+    keys = _rows(turn(centred), bias, block, along=mode == "sageattn_3")
     return Prepared(
         q=queries,
         k=keys,
@@ -113,13 +114,13 @@ def prepare(mode: str, q: Tensor, k: Tensor, v: Tensor) -> Prepared[Rows, Any]:
     )
 
 
-def _rows(x: Tensor, dots: Tensor | None, *, along: bool = False) -> Rows:
+def _rows(x: Tensor, dots: Tensor | None, block: int = 64, *, along: bool = False) -> Rows:
     padding = -x.shape[2] % PADDING
-    scaled = formats.int8(F.pad(x, (0, 0, 0, padding)), hopper.ROWS_PER_SCALE, along=along)
+    scaled = formats.int8(F.pad(x, (0, 0, 0, padding)), block, along=along)
     return Rows(
         data=scaled.data.to(torch.int8),
         scale=scaled.scale.squeeze(3).contiguous(),
-        rows_per_scale=hopper.ROWS_PER_SCALE,
+        rows_per_scale=block,
         dots=None if dots is None else F.pad(dots, (0, padding)),
     )
 

@@ -18,7 +18,12 @@ pytest.importorskip(
 )
 from sagewan.kernels.nvrtc import Compiled, CudaError, compile_source
 
-FORMS = (Form(torch.float8_e4m3fn), Form(torch.bfloat16), Form(torch.float16))
+FORMS = (
+    Form(torch.float8_e4m3fn),
+    Form(torch.float8_e4m3fn, keys_per_scale=128),
+    Form(torch.bfloat16),
+    Form(torch.float16),
+)
 PRODUCT = {
     torch.float8_e4m3fn: "QGMMA.64x136x32.F32.E4M3.E4M3",
     torch.bfloat16: "HGMMA.64x128x16.F32.BF16",

@@ -8,9 +8,18 @@
 // read as a float, 1.5·2²³ + score, and the conversion, the bias and the scale cost one
 // multiply-add in the exponent. Their order as integers is their order as floats.
 //
-// Where all scores of a step are so far below their rows' maxima that P is zero in e4m3, its
-// exponentials are not taken, and if that is so for a warpgroup, its product with V is not either.
-// Queries begin with the keys at their own place, which are likely to hold their maxima.
+// A row's maximum rises, and what was summed with the old one is rescaled, only where a score is
+// HEADROOM above it.
+//
+// A scheduler gives out an instruction in two to four cycles, and that, not the tensor cores nor the
+// exponentials, is what a step takes: so each of a step's instructions counts. A stage holds all that
+// a step's products take, so that one barrier tells that it is there, one that it is free, and one
+// place tells the rest; what only the key's scale decides is prepared by a warp that has time.
+//
+// Where all scores of a step are so far below their rows' maxima that P is zero in e4m3 for a whole
+// warpgroup, neither exponentials nor the product with V are taken. Queries begin with the keys at
+// their own place, which are likely to hold their maxima. Whether P is zero is asked seldom where it
+// never is.
 //
 // What a thread holds: of its warpgroup's 64 rows the two rows 16·warp + lane/4 and 8 below, called
 // here row 0 and 1; of each 8 columns the two that begin at 2·(lane % 4).
@@ -21,7 +30,8 @@ typedef long long i64;
 
 constexpr int KEYS = 128;      // of a step
 constexpr int CHANNELS = 128;  // of a head, padded
-constexpr int ROWS = 64;       // of a warpgroup; they share a scale
+constexpr int SCALES = KEYS / KEYS_PER_SCALE;  // of a step's keys
+constexpr int ROWS = 64;  // of a warpgroup; they share a scale
 constexpr float BASE = 12582912.0f;  // 1.5·2²³
 // Up to here the exponent's offset, BASE times it, is exact to a hundredth.
 constexpr float MOST_FACTOR = 0.0078125f;
@@ -30,7 +40,6 @@ constexpr int LOWEST = 0xff800000;   // minus infinity; below every score as an 
 constexpr int COPY_REGISTERS = 24, COMPUTE_REGISTERS = 240;
 constexpr bool FP8 = V_FORMAT == 0;  // 0: e4m3, 1: bfloat16, 2: float16
 constexpr float LOG2_P_MAX = FP8 ? 8.807354922057604f : 0.0f;  // P's largest is e4m3's, 448
-constexpr float P_MAX = FP8 ? 448.0f : 1.0f;
 
 constexpr int K_BYTES = KEYS * CHANNELS;
 // In FP8 a channel of ones follows V's: its products are the sums of P's rows.
@@ -40,20 +49,41 @@ constexpr int Q_BYTES = ROWS * CHANNELS;
 constexpr int SUMS = FP8 ? 68 : 64;  // accumulators of P·V a thread
 // The FP8 product adds in 14 bits: after so many steps its sums go to the output, in float32.
 constexpr int STEPS_OF_SUMS = 4;
+// A maximum rises only where a score is above it by so many powers of two; P of the maximum itself
+// is by so many smaller than the largest, which leaves it exact.
+constexpr float HEADROOM = FP8 ? 2.0f : 0.0f;
 // Where P's products begin with half of the keys, while the other half's exponentials are made.
 constexpr bool IN_HALVES = !FP8;
-// So far below a row's maximum P is under 2⁻¹⁰, half of the least of e4m3, and so rounded to zero.
-constexpr float NOTHING = 10.01f + LOG2_P_MAX;
-// Whether P is zero is looked at in each fourth step, and in so many after one where it was.
-constexpr int PATIENCE = 8;
+// P under 2⁻¹⁰, half of the least of e4m3, is rounded to zero.
+constexpr float NOTHING = -10.01f;
+// Whether P is zero is asked in so many steps after one where it was, and where it is not, after ever
+// more steps, up to so many.
+constexpr int PATIENCE = 8, MOST_QUIET = 32;
+
+// What the scores of keys that share a scale are worth: each so many powers of two, BASE minus so
+// many; and where in scores a limit of zero lies, and one more power of two.
+struct __align__(16) Worth {
+    float factor[SCALES], minus[SCALES], zero[SCALES], units[SCALES];
+};
+
+// How a warpgroup's scores begin.
+struct Start {
+    int4 scores[KEYS / 2];  // of two keys, twice
+    Worth worth;
+};
+
+// What a step's products take: the keys of the next scores, and the values of the last ones.
+struct __align__(1024) Stage {
+    char k[K_BYTES];
+    char v[V_BYTES + ONES_BYTES];
+    Start start[WARPGROUPS];
+    u64 full, free;
+};
 
 struct __align__(1024) Shared {
+    Stage stages[STAGES];
     char q[WARPGROUPS][Q_BYTES];
-    char k[STAGES][K_BYTES];
-    char v[STAGES][V_BYTES + ONES_BYTES];
-    int4 start[STAGES][WARPGROUPS][KEYS / 2];  // where the scores of two keys start, twice
-    float2 factor[STAGES][WARPGROUPS];  // what a score is worth, for each half of the keys
-    u64 q_full, k_full[STAGES], k_free[STAGES], v_full[STAGES], v_free[STAGES];
+    u64 q_full;
 };
 
 static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher asks for what this takes");
@@ -65,7 +95,7 @@ struct __align__(64) TensorMap {
 struct Arguments {
     const float *q_scale;  // [B·H, count_padded], equal within ROWS; makes powers of two
     const float *q_dots;   // [B·H, count_padded], what the log-sum-exp lacks, or null
-    const float *k_scale;  // [B·Hk, keys_padded], equal within 64 keys
+    const float *k_scale;  // [B·Hk, keys_padded], equal within KEYS_PER_SCALE
     const float *k_bias;   // [B·H, keys_padded], added to a key's scores, or null
     const float *v_scale;  // [B·Hk, CHANNELS], FP8 only
     const int *blocks;     // the blocks of keys to visit for each block of queries, or null
@@ -97,6 +127,14 @@ __device__ __forceinline__ void expect(u64 &barrier, int bytes) {
 
 __device__ __forceinline__ void arrive(u64 &barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&barrier)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_if(bool so, u64 &barrier) {
+    asm volatile(
+        "{\n.reg .pred so;\nsetp.ne.b32 so, %1, 0;\n"
+        "@so mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(address(&barrier)),
+        "r"(int(so))
+        : "memory");
 }
 
 __device__ __forceinline__ void wait(u64 &barrier, int parity) {
@@ -140,9 +178,17 @@ __device__ __forceinline__ void copy_tile(void *to, const TensorMap &map, int x,
 
 // A tile in shared memory as wgmma takes it: rows of 128 bytes, swizzled by 128. `leading` is the
 // distance of the second 64 columns of a tile that is not contiguous along the summed dimension.
-__device__ __forceinline__ u64 descriptor(const void *tile, int leading = 16) {
+__device__ __forceinline__ u64 descriptor(const void *tile, int leading = 0) {
     // By halves, so that what is constant needs no arithmetic.
     u32 low = address(tile) >> 4 | (leading >> 4) << 16, high = 1024 >> 4 | 1 << 30;
+    u64 made;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(made) : "r"(low), "r"(high));
+    return made;
+}
+
+// By a shuffle: the assembler would find it anew for each product.
+__device__ __forceinline__ u64 kept(u64 descriptor) {
+    u32 low = __shfl_sync(~0u, u32(descriptor), 0), high = descriptor >> 32;
     u64 made;
     asm("mov.b64 %0, {%1, %2};" : "=l"(made) : "r"(low), "r"(high));
     return made;
@@ -174,6 +220,10 @@ __device__ __forceinline__ bool any_of_warpgroup(bool x, int group) {
 template <int N> __device__ __forceinline__ void pin(float (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int N> __device__ __forceinline__ void pin(u32 (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 template <int N> __device__ __forceinline__ void pin(int (&x)[N]) {
 #pragma unroll
@@ -317,6 +367,18 @@ struct Visit {
     }
 };
 
+__device__ __forceinline__ void copy_values(Stage &stage, const Arguments &a,
+                                            const TensorMap &v_map, int head, int key_head,
+                                            int key) {
+    if constexpr (FP8) {
+        copy_tile(stage.v, v_map, key, key_head * CHANNELS, stage.full);
+    } else {
+        int batch = head / a.heads, one = key_head - batch * (a.heads / a.shared);
+        copy_tile(stage.v, v_map, 0, key, one, batch, stage.full);
+        copy_tile(stage.v + V_BYTES / 2, v_map, 64, key, one, batch, stage.full);
+    }
+}
+
 __device__ __forceinline__ void copy(Shared &shared, const Arguments &a, const TensorMap &q_map,
                                      const TensorMap &k_map, const TensorMap &v_map, int head,
                                      int key_head, const Visit &visit) {
@@ -325,22 +387,17 @@ __device__ __forceinline__ void copy(Shared &shared, const Arguments &a, const T
     for (int group = 0; group < WARPGROUPS; ++group) {
         copy_tile(shared.q[group], q_map, 0, row + group * ROWS, shared.q_full);
     }
+    int key = 0;
 #pragma unroll 1
-    for (int step = 0; step < visit.steps; ++step) {
-        int stage = step % STAGES, parity = step / STAGES & 1, key = visit[step] * KEYS;
-        wait(shared.k_free[stage], parity ^ 1);
-        expect(shared.k_full[stage], K_BYTES);
-        copy_tile(shared.k[stage], k_map, 0, key_head * a.keys_padded + key, shared.k_full[stage]);
-        wait(shared.v_free[stage], parity ^ 1);
-        expect(shared.v_full[stage], V_BYTES);
-        if constexpr (FP8) {
-            copy_tile(shared.v[stage], v_map, key, key_head * CHANNELS, shared.v_full[stage]);
-        } else {
-            int batch = head / a.heads, one = key_head - batch * (a.heads / a.shared);
-            copy_tile(shared.v[stage], v_map, 0, key, one, batch, shared.v_full[stage]);
-            copy_tile(shared.v[stage] + V_BYTES / 2, v_map, 64, key, one, batch,
-                      shared.v_full[stage]);
-        }
+    for (int step = 0; step <= visit.steps; ++step) {
+        Stage &stage = shared.stages[step % STAGES];
+        bool scores = step < visit.steps, values = step > 0;
+        wait(stage.free, step / STAGES & 1 ^ 1);
+        expect(stage.full, scores * K_BYTES + values * V_BYTES);
+        if (values) copy_values(stage, a, v_map, head, key_head, key);
+        if (!scores) break;
+        key = visit[step] * KEYS;
+        copy_tile(stage.k, k_map, 0, key_head * a.keys_padded + key, stage.full);
     }
 }
 
@@ -355,27 +412,43 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
     const float *k_scale = a.k_scale + i64(key_head) * a.keys_padded;
     const float *q_scale = a.q_scale + i64(head) * a.count_padded;
     for (int step = 0; step < visit.steps; ++step) {
-        int stage = step % STAGES, parity = step / STAGES & 1, key = visit[step] * KEYS + lane * 4;
+        Stage &stage = shared.stages[step % STAGES];
+        int parity = step / STAGES & 1, key = visit[step] * KEYS + lane * 4;
         float of_keys = k_scale[key];  // a lane's four keys share it
         float4 added = {0.0f, 0.0f, 0.0f, 0.0f};
         if (bias) added = *reinterpret_cast<const float4 *>(bias + key);
-        wait(shared.k_free[stage], parity ^ 1);
+        wait(stage.free, parity ^ 1);
 #pragma unroll 1
         for (int group = 0; group < WARPGROUPS; ++group) {
             int row = min(int(blockIdx.x * WARPGROUPS + group) * ROWS, a.count_padded - ROWS);
             float factor = fmaxf(q_scale[row] * of_keys, 1e-37f), units = reciprocal(factor);
-            int4 *start = &shared.start[stage][group][lane * 2];
+            int4 *start = &stage.start[group].scores[lane * 2];
             int x = key < a.keys ? __float_as_int(fmaf(added.x, units, BASE)) : LOWEST;
             int y = key + 1 < a.keys ? __float_as_int(fmaf(added.y, units, BASE)) : LOWEST;
             start[0] = {x, y, x, y};
             x = key + 2 < a.keys ? __float_as_int(fmaf(added.z, units, BASE)) : LOWEST;
             y = key + 3 < a.keys ? __float_as_int(fmaf(added.w, units, BASE)) : LOWEST;
             start[1] = {x, y, x, y};
-            if (lane == 0) shared.factor[stage][group].x = factor;
-            if (lane == 16) shared.factor[stage][group].y = factor;
+            if (lane % (32 / SCALES) == 0) {
+                Worth &worth = stage.start[group].worth;
+                int part = lane / (32 / SCALES);
+                // Of scores worth much some are always taken to be above.
+                bool large = factor > MOST_FACTOR;
+                worth.factor[part] = factor;
+                worth.minus[part] = -BASE * factor;
+                worth.zero[part] =
+                    large ? __int_as_float(LOWEST) : fmaf(LOG2_P_MAX, units, BASE);
+                worth.units[part] = large ? 1.0f : units;
+            }
         }
         __syncwarp();
-        if (lane == 0) arrive(shared.k_full[stage]);
+        if (lane == 0) arrive(stage.full);
+    }
+    // The last stage has values alone.
+    if (visit.steps && lane == 0) {
+        Stage &stage = shared.stages[visit.steps % STAGES];
+        wait(stage.free, visit.steps / STAGES & 1 ^ 1);
+        arrive(stage.full);
     }
 }
 
@@ -383,7 +456,7 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
 
 // What a thread knows of its two rows.
 struct Rows {
-    float highest[2];
+    float limit[2];  // a score so much above it has the largest P; HEADROOM over a maximum
     float total[2];  // of this thread's columns, until the end
     float kept[2];   // FP8: what maxima that rose since the output last took in sums leave of it
 };
@@ -396,8 +469,8 @@ __device__ __forceinline__ void start_scores(int *s, const int4 *starts, int eig
     s[3] = start.w;
 }
 
-__device__ __forceinline__ void issue_scores(int (&s)[64], Shared &shared, int group, int stage) {
-    u64 q = descriptor(shared.q[group]), k = descriptor(shared.k[stage]);
+__device__ __forceinline__ void issue_scores(int (&s)[64], u64 q, Stage &stage) {
+    u64 k = descriptor(stage.k);
     pin(s);
     fence();
 #pragma unroll
@@ -409,9 +482,10 @@ __device__ __forceinline__ void issue_scores(int (&s)[64], Shared &shared, int g
 
 // The products of P with quarters of the step's keys; without `add` the sums begin anew.
 template <int BEGIN, int END>
-__device__ __forceinline__ void issue_values(float (&t)[SUMS], const u32 *p, Shared &shared,
-                                             int stage, int add) {
-    u64 v = FP8 ? descriptor(shared.v[stage]) : descriptor(shared.v[stage], V_BYTES / 2);
+__device__ __forceinline__ void issue_values(float (&t)[SUMS], const u32 *p, Stage &stage,
+                                             int add) {
+    // From K's, beyond which V lies: that is less arithmetic than from its own address.
+    u64 v = descriptor(stage.k, FP8 ? 0 : V_BYTES / 2) + K_BYTES / 16;
     pin(t);
     fence();
 #if V_FORMAT == 0
@@ -429,40 +503,54 @@ __device__ __forceinline__ void issue_values(float (&t)[SUMS], const u32 *p, Sha
     commit();
 }
 
-// The largest of a thread's scores in each of its rows, in powers of two; `base` is what the scores
-// hold too much afterwards.
-__device__ __forceinline__ void find_largest(int (&s)[64], const float2 factor, float &base,
-                                             float (&largest)[2]) {
-    int most[2][2];
+// The largest of a thread's scores, as they are, in each of its rows and of each scale.
+__device__ __forceinline__ void find_largest(const int (&s)[64], int (&most)[2][SCALES]) {
+    constexpr int SHARE = 64 / SCALES;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            int first = half * 32 + row * 2;
-            most[row][half] = max(s[first], s[first + 1]);
+        for (int part = 0; part < SCALES; ++part) {
+            int first = part * SHARE + row * 2;
+            most[row][part] = max(s[first], s[first + 1]);
 #pragma unroll
-            for (int i = first + 4; i < first + 32; i += 4) {
-                most[row][half] = max(max(s[i], s[i + 1]), most[row][half]);
+            for (int i = first + 4; i < first + SHARE; i += 4) {
+                most[row][part] = max(max(s[i], s[i + 1]), most[row][part]);
             }
         }
-        largest[row] = fmaxf((__int_as_float(most[row][0]) - BASE) * factor.x,
-                             (__int_as_float(most[row][1]) - BASE) * factor.y);
-    }
-    // Scores worth so much that the exponent's offset would be rounded: the base is taken off here.
-    base = BASE;
-    if (fmaxf(factor.x, factor.y) > MOST_FACTOR) {
-        asm volatile("" ::: "memory");  // keeps it a branch
-        base = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 64; ++i) s[i] = __float_as_int(__int_as_float(s[i]) - BASE);
     }
 }
 
-// New maxima of the rows, and what is left of the sums that were taken with the old ones.
+// … in powers of two.
+__device__ __forceinline__ void scale_largest(const int (&most)[2][SCALES], const Worth &worth,
+                                              float (&largest)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        largest[row] = (__int_as_float(most[row][0]) - BASE) * worth.factor[0];
+        if (SCALES == 2) {
+            float other = (__int_as_float(most[row][SCALES - 1]) - BASE) * worth.factor[SCALES - 1];
+            largest[row] = fmaxf(largest[row], other);
+        }
+    }
+}
+
+// Whether a thread has a score above its row's limit; rounded to a score's own units.
+__device__ __forceinline__ bool is_above(const int (&most)[2][SCALES], const Worth &worth,
+                                         const Rows &rows) {
+    bool above = false;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int part = 0; part < SCALES; ++part) {
+            float limit = fmaf(rows.limit[row], worth.units[part], worth.zero[part]);
+            above |= most[row][part] > __float_as_int(limit);
+        }
+    }
+    return above;
+}
+
+// New limits of the rows, and what is left of the sums that were taken with the old ones.
 __device__ __forceinline__ void raise(float (&largest)[2], Rows &rows, float (&sums)[SUMS]) {
     float rescale[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) largest[row] = fmaxf(largest[row], rows.highest[row]);
 #pragma unroll
     for (int distance = 1; distance < 4; distance *= 2) {
         float other[2];
@@ -473,8 +561,11 @@ __device__ __forceinline__ void raise(float (&largest)[2], Rows &rows, float (&s
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        rescale[row] = exp2_of(rows.highest[row] - largest[row]);
-        rows.highest[row] = largest[row];
+        float limit = rows.limit[row];
+        float above = largest[row] - LOG2_P_MAX;
+        if (above > limit) limit = above + HEADROOM;
+        rescale[row] = exp2_of(rows.limit[row] - limit);
+        rows.limit[row] = limit;
         if (FP8) rows.kept[row] *= rescale[row]; else rows.total[row] *= rescale[row];
     }
 #pragma unroll
@@ -501,32 +592,28 @@ __device__ __forceinline__ float after(float x, float y, int zero) {
 // next step's scores start.
 //
 // Exponentials have few units, so everything else is to be done between them. The assembler would
-// put all of them last, and await each; so each eight keys wait, by their data, for exponentials
-// that were begun earlier.
+// put all of them last, and await each; so after each EVERY eights, those that follow wait, by their
+// data, for P of the keys APART eights before.
 template <int BEGIN, int END>
-__device__ __forceinline__ void exponentials(int (&s)[64], u32 *p, float (&offset)[2][2],
-                                             const float2 factor, Rows &rows, const int4 *starts,
-                                             int zero) {
-    float last[2], earlier[2];
+__device__ __forceinline__ void exponentials(int (&s)[64], u32 *p, float (&offset)[2][SCALES],
+                                             const float (&factor)[SCALES], Rows &rows,
+                                             const int4 *starts, int zero) {
+    constexpr int APART = 4, EVERY = 2;
 #pragma unroll
     for (int i = BEGIN; i < END; i += 8) {
-        int half = i / 32;
-        if (FP8 && i > BEGIN) {
+        int part = i / (64 / SCALES);
+        if (FP8 && i >= BEGIN + 8 * APART && (i - BEGIN) / 8 % EVERY == 0) {
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
-                offset[row][half] = after(offset[row][half], earlier[row], zero);
+                float earlier = __int_as_float(p[i / 4 - 2 * APART + row]);
+                offset[row][part] = after(offset[row][part], earlier, zero);
             }
         }
         float e[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
             float score = __int_as_float(s[i + j]);
-            e[j] = exp2_of(fmaf(score, half ? factor.y : factor.x, offset[j / 2 % 2][half]));
-        }
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            earlier[row] = i > BEGIN ? last[row] : 0.0f;
-            last[row] = e[4 + row * 2];
+            e[j] = exp2_of(fmaf(score, factor[part], offset[j / 2 % 2][part]));
         }
         start_scores(s + i, starts, i / 4);
         start_scores(s + i + 4, starts, i / 4 + 1);
@@ -545,156 +632,249 @@ __device__ __forceinline__ void exponentials(int (&s)[64], u32 *p, float (&offse
 }
 
 __device__ __forceinline__ void release(u64 &barrier, int lane) {
-    __syncwarp();
-    if (lane == 0) arrive(barrier);
+    arrive_if(lane == 0, barrier);
+}
+
+// Where an output's row begins, in elements.
+__device__ __forceinline__ i64 row_of(const Arguments &a, int head, int n) {
+    return i64(head / a.heads) * a.o_b + i64(head % a.heads) * a.o_h + i64(n) * a.o_n;
+}
+
+// A row's channels of this thread, two of each eight, as they are.
+__device__ __forceinline__ void store_row(const float2 (&values)[16], const Arguments &a, i64 begin,
+                                          bool in_e4m3) {
+    int channel = threadIdx.x % 4 * 2;
+    auto *narrow = static_cast<char *>(a.out) + begin + channel;
+    auto *wide = static_cast<unsigned short *>(a.out) + begin + channel * a.o_d;
+    bool in_pairs = a.o_d == 1 && reinterpret_cast<u64>(wide) % 4 == 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        if (i * 8 >= a.size) break;
+        if (in_e4m3) {
+            u32 packed = two_e4m3(values[i].x, values[i].y);
+            *reinterpret_cast<unsigned short *>(narrow + i * 8) = packed;
+            continue;
+        }
+        u32 packed = two_of(values[i].x, values[i].y, a.out_is_half);
+        if (in_pairs) {
+            *reinterpret_cast<u32 *>(wide + i * 8) = packed;
+        } else {
+            wide[i * 8 * a.o_d] = packed & 0xffff;
+            wide[(i * 8 + 1) * a.o_d] = packed >> 16;
+        }
+    }
 }
 
 __device__ __forceinline__ void store(const float (&o)[64], Rows &rows, const Arguments &a,
                                       int head, int key_head, int first) {
     int row_in_block = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    bool in_e4m3 = FP8 && a.out_scale;
+    float2 of_channels[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        int channel = key_head * CHANNELS + i * 8 + threadIdx.x % 4 * 2;
+        of_channels[i] = {1.0f, 1.0f};
+        if (FP8) of_channels[i] = *reinterpret_cast<const float2 *>(a.v_scale + channel);
+    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float total = sum_across_row(rows.total[row]);
         int n = first + row_in_block + row * 8;
         if (n >= a.count) continue;
         float scale = total > 0.0f ? 1.0f / total : 0.0f;
-        bool narrow = FP8 && a.out_scale;
-        if (narrow) scale /= a.out_scale[head / a.heads];
-        i64 base = i64(head / a.heads) * a.o_b + i64(head % a.heads) * a.o_h + i64(n) * a.o_n;
-        unsigned short *out = static_cast<unsigned short *>(a.out) + base;
-        const float *of_channel = FP8 ? a.v_scale + key_head * CHANNELS : nullptr;
+        if (in_e4m3) scale /= a.out_scale[head / a.heads];
+        float2 values[16];
 #pragma unroll
-        for (int i = 0; i < 64; i += 4) {
-            int channel = i * 2 + threadIdx.x % 4 * 2;
-            if (channel >= a.size) continue;
-            float x = o[i + row * 2] * scale, y = o[i + row * 2 + 1] * scale;
-            if constexpr (FP8) {
-                x *= of_channel[channel];
-                y *= of_channel[channel + 1];
-            }
-            if (narrow) {
-                char *place = static_cast<char *>(a.out) + base + channel;
-                *reinterpret_cast<unsigned short *>(place) = two_e4m3(x, y);
-                continue;
-            }
-            u32 packed = two_of(x, y, a.out_is_half);
-            out[channel * a.o_d] = packed & 0xffff;
-            out[(channel + 1) * a.o_d] = packed >> 16;
+        for (int i = 0; i < 16; ++i) {
+            values[i].x = o[i * 4 + row * 2] * scale * of_channels[i].x;
+            values[i].y = o[i * 4 + row * 2 + 1] * scale * of_channels[i].y;
         }
+        store_row(values, a, row_of(a, head, n), in_e4m3);
         if (a.lse && threadIdx.x % 4 == 0) {
             float removed = a.q_dots[i64(head) * a.count_padded + n];
-            float value = (rows.highest[row] + log2_of(total / P_MAX)) * 0.6931471805599453f;
+            float value = (rows.limit[row] + log2_of(total)) * 0.6931471805599453f;
             a.lse[i64(head) * a.count + n] = value + removed;
         }
     }
 }
 
-__device__ __forceinline__ void compute(Shared &shared, const Arguments &a, int head, int key_head,
-                                        const Visit &visit) {
-    // By a shuffle, or the assembler would read the slow register of the thread's number anew, and
-    // would not know that a warp's group is one.
-    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-    group = __shfl_sync(~0u, group, 0);
-    lane = __shfl_sync(~0u, lane, lane);
-    int first_row = (blockIdx.x * WARPGROUPS + group) * ROWS;
+// What a computing thread holds from step to step.
+struct State {
+    int s[64];
+    float o[64], t[SUMS];
+    u32 p[FP8 ? 16 : 32];
     Rows rows;
+    Worth worth;
+    u64 q;  // the descriptor of its rows of Q
+    int group, lane, zero;
+    int place, parity;  // of the next stage
+    int summed;         // how many steps' products the output has not taken in
+
+    // 16-bit products add exactly enough to stay in the output.
+    __device__ __forceinline__ auto &sums() {
+        if constexpr (FP8) return t; else return o;
+    }
+};
+
+// The scores of a stage's keys, from where they start.
+__device__ __forceinline__ void begin_scores(State &x, Stage &stage) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+        start_scores(x.s + i * 4, &stage.start[x.group].scores[x.lane % 4], i);
+    }
+}
+
+// Whether P is zero for a whole warpgroup, in all of the step's keys.
+__device__ __forceinline__ int is_nothing(const int (&most)[2][SCALES], const State &x) {
+    float largest[2];
+    scale_largest(most, x.worth, largest);
+    bool counts = largest[0] > x.rows.limit[0] + NOTHING || largest[1] > x.rows.limit[1] + NOTHING;
+    return !any_of_warpgroup(counts, x.group);
+}
+
+// A stage by its distance from the first, in bytes: what is carried from step to step, because
+// nothing else needs as little arithmetic.
+__device__ __forceinline__ Stage &stage_at(Shared &shared, int place) {
+    return *reinterpret_cast<Stage *>(reinterpret_cast<char *>(shared.stages) + place);
+}
+constexpr int LAST_PLACE = (STAGES - 1) * sizeof(Stage);
+
+// On to the stage after it.
+__device__ __forceinline__ Stage &advance(State &x, Shared &shared) {
+    bool wraps = x.place == LAST_PLACE;
+    x.place = wraps ? 0 : x.place + int(sizeof(Stage));
+    x.parity ^= wraps;
+    return stage_at(shared, x.place);
+}
+
+// Limits rise to scores above them. Scores worth so much that the exponent's offset would be rounded,
+// which are always taken to be above, lose BASE here instead of in the exponent.
+__device__ __forceinline__ void treat_those_above(State &x, const int (&most)[2][SCALES]) {
+    float largest[2];
+    scale_largest(most, x.worth, largest);
+    raise(largest, x.rows, x.sums());
+    if (fmaxf(x.worth.factor[0], x.worth.factor[SCALES - 1]) > MOST_FACTOR) {
+        asm volatile("" ::: "memory");  // keeps it a branch
+#pragma unroll
+        for (float &minus : x.worth.minus) minus = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) x.s[i] = __float_as_int(__int_as_float(x.s[i]) - BASE);
+    }
+}
+
+// The scores of a step, of which the maxima are known, become P; its products with V are begun, and
+// the next step's scores.
+__device__ __forceinline__ void take_step(State &x, Shared &shared, const int (&most)[2][SCALES],
+                                          Stage &last, Stage &next) {
+    bool there = over(next.full, x.parity);
+    wait_products<0>();
+    pin(x.sums());
+    bool above = __any_sync(~0u, is_above(most, x.worth, x.rows));
+    release(last.free, x.lane);
+    if (above) treat_those_above(x, most);
+    float offset[2][SCALES];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        rows.highest[row] = __int_as_float(LOWEST);
-        rows.total[row] = 0.0f;
-        rows.kept[row] = 1.0f;
+#pragma unroll
+        for (int part = 0; part < SCALES; ++part) {
+            offset[row][part] = x.worth.minus[part] - x.rows.limit[row];
+        }
     }
-    int s[64];
-#if V_FORMAT == 0
-    float o[64] = {}, t[SUMS] = {};
-#else
-    float o[64] = {}, (&t)[64] = o;  // 16-bit products add exactly enough to stay in the output
-#endif
-    u32 p[FP8 ? 16 : 32];
-    float offset[2][2];
-    const int4 *first_start = &shared.start[0][group][lane % 4];
-    wait(shared.q_full, 0);
-    if (!visit.steps) return store(o, rows, a, head, key_head, first_row);
-    wait(shared.k_full[0], 0);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) start_scores(s + i * 4, first_start, i);
-    float2 factor = shared.factor[0][group];
-    issue_scores(s, shared, group, 0);
-    wait_products<0>();
-    int stage = 0, parity = 0;
-    [[maybe_unused]] int patience = 0;
-    int held = 0;  // whether there are sums that the output has not taken in
-    for (int step = 0; step < visit.steps; ++step) {
-        int next = stage + 1 == STAGES ? 0 : stage + 1, next_parity = parity ^ (next == 0);
-        bool k_there = over(shared.k_full[next], next_parity);
-        bool v_there = over(shared.v_full[stage], parity);
-        pin(s);
-        release(shared.k_free[stage], lane);
-        float largest[2], base;
-        bool counts = true, any_counts = true;  // of the warp, of the warpgroup
-        find_largest(s, factor, base, largest);
-#if V_FORMAT == 0
-        if (patience || step % STEPS_OF_SUMS == 0) {
-            counts = __any_sync(~0u, largest[0] > rows.highest[0] - NOTHING ||
-                                         largest[1] > rows.highest[1] - NOTHING);
-            any_counts = any_of_warpgroup(counts, group);
-            patience = any_counts ? max(patience - 1, 0) : PATIENCE;
-        }
-#endif
-        wait_products<0>();
-        pin(t);
-        if (step) release(shared.v_free[stage ? stage - 1 : STAGES - 1], lane);
-        if (__any_sync(~0u, largest[0] > rows.highest[0] || largest[1] > rows.highest[1])) {
-            raise(largest, rows, t);
-        }
-#pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            float least = LOG2_P_MAX - rows.highest[row];
-            offset[row][0] = fmaf(-base, factor.x, least);
-            offset[row][1] = fmaf(-base, factor.y, least);
-        }
-#if V_FORMAT == 0
-        if (step % STEPS_OF_SUMS == 0 && held) {
+    if constexpr (FP8) {
+        if (x.summed == STEPS_OF_SUMS) {
             asm volatile("" ::: "memory");
-            take_in(o, t, rows);
-            held = 0;
+            take_in(x.o, x.t, x.rows);
+            x.summed = 0;
         }
-#endif
-        if (step + 1 < visit.steps && !k_there) wait(shared.k_full[next], next_parity);
-        float2 following = shared.factor[next][group];
-        const int4 *starts = first_start + next * (WARPGROUPS * KEYS / 2);
-        if (!v_there) wait(shared.v_full[stage], parity);
-        if (counts) {
-            exponentials<0, IN_HALVES ? 32 : 64>(s, p, offset, factor, rows, starts, a.zero);
-        } else {
+    }
+    if (!there) wait(next.full, x.parity);
+    const int4 *starts = &next.start[x.group].scores[x.lane % 4];
+    exponentials<0, IN_HALVES ? 32 : 64>(x.s, x.p, offset, x.worth.factor, x.rows, starts, x.zero);
+    if constexpr (IN_HALVES) {
+        issue_values<0, 2>(x.sums(), x.p, next, 1);
+        exponentials<32, 64>(x.s, x.p, offset, x.worth.factor, x.rows, starts, x.zero);
+    }
+    // After the last step these are products of stale bytes, which nothing reads.
+    issue_scores(x.s, x.q, next);
+    issue_values<IN_HALVES ? 2 : 0, 4>(x.sums(), x.p, next, x.summed);
+    ++x.summed;
+    x.worth = next.start[x.group].worth;
+    wait_products<1>();
+}
+
+// A step whose P is zero: the scores of the next alone.
+__device__ __forceinline__ void leave_out(State &x, Shared &shared, Stage &last, Stage &next) {
+    wait_products<0>();
+    pin(x.sums());
+    __syncwarp();
+    release(last.free, x.lane);
+    wait(next.full, x.parity);
+    begin_scores(x, next);
+    issue_scores(x.s, x.q, next);
+    x.worth = next.start[x.group].worth;
+    wait_products<0>();
+}
+
+__device__ __forceinline__ void begin(State &x, Shared &shared, int zero) {
+    // By a shuffle, or the assembler would read the slow register of the thread's number anew, and
+    // would not know that a warp's group is one.
+    x.group = __shfl_sync(~0u, int(threadIdx.x) / 128 - 1, 0);
+    x.lane = __shfl_sync(~0u, int(threadIdx.x) % 32, threadIdx.x % 32);
 #pragma unroll
-            for (int i = 0; i < 16; ++i) start_scores(s + i * 4, starts, i);
+    for (int row = 0; row < 2; ++row) {
+        x.rows.limit[row] = __int_as_float(LOWEST);
+        x.rows.total[row] = 0.0f;
+        x.rows.kept[row] = 1.0f;
+    }
 #pragma unroll
-            for (int i = 0; i < 16; ++i) p[i] = 0;
+    for (float &one : x.o) one = 0.0f;
+#pragma unroll
+    for (float &one : x.t) one = 0.0f;
+    x.q = kept(descriptor(shared.q[x.group]));
+    x.zero = zero;
+    x.place = x.parity = x.summed = 0;
+}
+
+__device__ __forceinline__ void compute(Shared &shared, const Arguments &a, int head, int key_head,
+                                        const Visit &visit) {
+    State x;
+    begin(x, shared, a.zero);
+    int first_row = (blockIdx.x * WARPGROUPS + x.group) * ROWS;
+    wait(shared.q_full, 0);
+    if (!visit.steps) return store(x.o, x.rows, a, head, key_head, first_row);
+    Stage &first = shared.stages[0];
+    wait(first.full, 0);
+    begin_scores(x, first);
+    x.worth = first.start[x.group].worth;
+    issue_scores(x.s, x.q, first);
+    wait_products<0>();
+    // Whether P is zero is asked at some steps; after the last there is nothing to ask of.
+    int look_at = FP8 ? 0 : visit.steps, quiet = 1;
+#pragma unroll 1
+    for (int step = 0;; ++step) {
+        int most[2][SCALES];
+        Stage &last = stage_at(shared, x.place);
+        Stage &next = advance(x, shared);
+        pin(x.s);
+        find_largest(x.s, most);
+        if (step == look_at) {
+            if (step == visit.steps) break;
+            bool nothing = is_nothing(most, x);
+            quiet = nothing ? -PATIENCE : quiet < 0 ? quiet + 1 : min(2 * quiet + 1, MOST_QUIET);
+            look_at = min(step + max(quiet, 1), visit.steps);
+            if (nothing) {
+                leave_out(x, shared, last, next);
+                continue;
+            }
         }
-        if (IN_HALVES) {
-            issue_values<0, 2>(t, p, shared, stage, 1);
-            exponentials<32, 64>(s, p, offset, factor, rows, starts, a.zero);
-        }
-        factor = following;
-        // After the last step these are products of stale bytes, which nothing reads.
-        issue_scores(s, shared, group, next);
-        if (any_counts) {
-            issue_values<IN_HALVES ? 2 : 0, 4>(t, p, shared, stage, held);
-            held = 1;
-            wait_products<1>();
-        } else {
-            wait_products<0>();
-        }
-        stage = next;
-        parity = next_parity;
+        take_step(x, shared, most, last, next);
     }
     wait_products<0>();
-    pin(t);
-#if V_FORMAT == 0
-    if (held) take_in(o, t, rows);  // else no maximum has risen since
-#endif
-    store(o, rows, a, head, key_head, first_row);
+    pin(x.sums());
+    if constexpr (FP8) {
+        if (x.summed) take_in(x.o, x.t, x.rows);  // else no limit has risen since
+    }
+    store(x.o, x.rows, a, head, key_head, first_row);
 }
 
 extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
@@ -705,17 +885,15 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     int head = blockIdx.y, key_head = head / a.shared;
     if (threadIdx.x == 0) {
         start_barrier(shared.q_full, 1);
-        for (int stage = 0; stage < STAGES; ++stage) {
-            start_barrier(shared.k_full[stage], 2);
-            start_barrier(shared.v_full[stage], 1);
-            start_barrier(shared.k_free[stage], WARPGROUPS * 4);
-            start_barrier(shared.v_free[stage], WARPGROUPS * 4);
+        for (Stage &stage : shared.stages) {
+            start_barrier(stage.full, 2);
+            start_barrier(stage.free, WARPGROUPS * 4);
         }
     }
     if (FP8) {
         for (int i = threadIdx.x; i < STAGES * ONES_BYTES / 4; i += blockDim.x) {
-            int stage = i / (8 * KEYS / 4), place = i % (8 * KEYS / 4);
-            int *ones = reinterpret_cast<int *>(shared.v[stage] + V_BYTES);
+            int place = i % (8 * KEYS / 4);
+            int *ones = reinterpret_cast<int *>(shared.stages[i / (8 * KEYS / 4)].v + V_BYTES);
             ones[place] = place < KEYS / 4 ? 0x38383838 : 0;  // a row of ones, seven of zeros
         }
     }

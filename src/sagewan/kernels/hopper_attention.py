@@ -3,12 +3,13 @@
 The kernel is ``hopper_attention.cu``; this module prepares Q, K and V for it and launches it.
 :func:`sageattn` smooths K; :func:`sageattn_3` smooths Q and K, rotates both and rounds keys with
 little error along themselves; :func:`sageattn_3_fp8` does without the latter and multiplies P·V in
-FP8. 64 rows share a scale, because the kernel keeps scores as integers until the exponential. Head
-sizes from 72 to 128, padded; no causal order, no dropout, no gradient. After
-FlashAttention-3 (arXiv:2407.08608) and SageAttention2 (arXiv:2411.10958).
+FP8. 64 rows of Q, and 64 or 128 keys, share a scale, because the kernel keeps scores as integers
+until the exponential. Head sizes from 72 to 128, padded; no causal order, no dropout, no gradient.
+After FlashAttention-3 (arXiv:2407.08608) and SageAttention2 (arXiv:2411.10958).
 """
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -40,11 +41,17 @@ _V_FORMATS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_BIAS = 2.0**21
 
 
+def _aligned(size: int) -> int:
+    """Tiles that are swizzled begin at multiples of 1024 bytes."""
+    return -(-size // 1024) * 1024
+
+
 @dataclass(frozen=True)
 class Form:
-    """One form of the kernel: V's format."""
+    """One form of the kernel: V's format, and how many keys share a scale."""
 
     v_dtype: torch.dtype
+    keys_per_scale: int = ROWS_PER_SCALE
 
     @property
     def stages(self) -> int:
@@ -53,12 +60,12 @@ class Form:
     @property
     def shared_bytes(self) -> int:
         """The kernel's ``Shared``: its tiles, where scores start, and barriers."""
-        k_tile = _KEYS * CHANNELS
-        v_tile = k_tile * self.v_dtype.itemsize + (8 * _KEYS if self.v_dtype.itemsize == 1 else 0)
-        starts = _WARPGROUPS * (_KEYS * 8 + 8)
-        total = _ROWS * CHANNELS + self.stages * (k_tile + v_tile + starts)
-        total += 8 * (1 + 4 * self.stages)
-        return -(-total // 1024) * 1024
+        tile = _KEYS * CHANNELS
+        ones = 8 * _KEYS if self.v_dtype.itemsize == 1 else 0
+        v_tile = tile * self.v_dtype.itemsize + ones
+        worth = 16 * _KEYS // self.keys_per_scale
+        stage = _aligned(tile + v_tile + _WARPGROUPS * (_KEYS * 8 + worth) + 2 * 8)
+        return _aligned(_ROWS * CHANNELS + self.stages * stage + 8)
 
     def defines(self) -> dict[str, int]:
         """What the kernel's source is compiled with."""
@@ -66,6 +73,7 @@ class Form:
             "V_FORMAT": _V_FORMATS[self.v_dtype],
             "WARPGROUPS": _WARPGROUPS,
             "STAGES": self.stages,
+            "KEYS_PER_SCALE": self.keys_per_scale,
             "SHARED_BYTES": self.shared_bytes,
         }
 
@@ -187,7 +195,11 @@ def _smoothed(
     """Q and K smoothed and rotated; ``along`` is how keys are rounded."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
-    for_keys = Recipe(rotate=True, dot_factor=scale * LOG2E, smoothed=True, along=along)
+    # With one scale for all the keys of a step there is less to do in it.
+    block = ROWS_PER_SCALE if along else _KEYS
+    for_keys = Recipe(
+        block=block, rotate=True, dot_factor=scale * LOG2E, smoothed=True, along=along
+    )
     keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
     recipe = Recipe(rotate=True, factor=scale * LOG2E, dot_factor=scale)
     queries = int8_rows(
@@ -264,25 +276,53 @@ def attend(
     """The second half of the three modes; arguments as
     :func:`sagewan.kernels.int8_attention.attend`'s. Of ``sageattn_3_fp8`` out may be float8_e4m3fn,
     channels contiguous: the result divided by :func:`output_scale`."""
-    q, k = prepared.q, prepared.k
-    columns = prepared.v if isinstance(prepared.v, Columns) else None
-    v = columns.data if columns else prepared.v
     out, lse = outputs(prepared, out, return_lse=return_lse)
-    batch, heads, count, size = out.shape
+    batch, heads, count, _ = out.shape
+    # Tensors that the kernel reads must live until it is launched.
     visits, out_scale = lists(prepared, block_mask), _scale_of(out, prepared)
-    arguments = _Arguments(
+    arguments = _arguments(prepared, out, visits)
+    arguments.lse, arguments.out_scale = _pointer(lse), _pointer(out_scale)
+    form = Form(_values(prepared).dtype, prepared.k.rows_per_scale)
+    kernel = _kernel(out.device.index, form)
+    with torch.cuda.device(out.device):
+        grid = -(-count // _ROWS), batch * heads
+        kernel.launch(grid, _THREADS, _maps(prepared), arguments)
+    return out if lse is None else (out, lse)
+
+
+def _values(prepared: Prepared[Rows, Any]) -> Tensor:
+    """V, as it is stored."""
+    v: Tensor = prepared.v.data if isinstance(prepared.v, Columns) else prepared.v
+    return v
+
+
+def _maps(prepared: Prepared[Rows, Any]) -> tuple[Any, ...]:
+    """How tiles of Q, K and V are found."""
+    v = _values(prepared)
+    return (
+        tensor_map(prepared.q.data.view(-1, CHANNELS), (64, CHANNELS)),
+        tensor_map(prepared.k.data.view(-1, CHANNELS), (_KEYS, CHANNELS)),
+        tensor_map(v.view(-1, v.shape[3]), (CHANNELS, _KEYS))
+        if isinstance(prepared.v, Columns)
+        else tensor_map(v, (1, 1, _KEYS, 64)),
+    )
+
+
+def _arguments(prepared: Prepared[Rows, Any], out: Tensor, visits: Mapping[str, Any]) -> _Arguments:
+    """All but the log-sum-exp's place and the scale of an output in FP8."""
+    q, k = prepared.q, prepared.k
+    _, heads, count, size = out.shape
+    return _Arguments(
         q_scale=_pointer(q.scale),
         q_dots=_pointer(q.dots),
         k_scale=_pointer(k.scale),
         k_bias=_pointer(k.dots),
-        v_scale=_pointer(columns.scale if columns else None),
+        v_scale=_pointer(prepared.v.scale if isinstance(prepared.v, Columns) else None),
         # Of fewer keys than a block's the list is empty, and has no address.
         blocks=_pointer(visits["blocks"]) or _pointer(visits["block_counts"]),
         block_counts=_pointer(visits["block_counts"]),
         block_tails=_pointer(visits["block_tails"]),
         out=_pointer(out),
-        lse=_pointer(lse),
-        out_scale=_pointer(out_scale),
         **{f"o_{axis}": stride for axis, stride in zip("bhnd", out.stride(), strict=True)},
         heads=heads,
         shared=heads // k.data.shape[1],
@@ -296,17 +336,6 @@ def attend(
         block_h=visits["block_h"],
         zero=0,
     )
-    maps = (
-        tensor_map(q.data.view(-1, CHANNELS), (64, CHANNELS)),
-        tensor_map(k.data.view(-1, CHANNELS), (_KEYS, CHANNELS)),
-        tensor_map(v.view(-1, v.shape[3]), (CHANNELS, _KEYS))
-        if columns
-        else tensor_map(v, (1, 1, _KEYS, 64)),
-    )
-    kernel = _kernel(out.device.index, Form(v.dtype))
-    with torch.cuda.device(out.device):
-        kernel.launch((-(-count // _ROWS), batch * heads), _THREADS, maps, arguments)
-    return out if lse is None else (out, lse)
 
 
 def output_scale(prepared: Prepared[Rows, Columns]) -> Tensor:

@@ -87,9 +87,9 @@ def prepare_projections(
     q: Tensor, k: Tensor, v: Tensor, for_q: Position, for_k: Position
 ) -> Prepared[Rows, Columns]:
     """q, k and v [B, N, H, D] as the products give them, rows without gaps → what
-    :func:`sagewan.kernels.hopper_attention.attend` takes, in the form and with the scales that
-    :func:`sagewan.kernels.hopper_attention.prepare_sageattn_3_fp8` gives them. Raises ShapeError
-    for other heads than of 128 channels."""
+    :func:`sagewan.kernels.hopper_attention.attend` takes, in the form that
+    :func:`sagewan.kernels.hopper_attention.prepare_sageattn_3_fp8` gives them, but for a scale for
+    each 64 keys instead of 128. Raises ShapeError for other heads than of 128 channels."""
     scale = q.shape[3] ** -0.5
     q_factors, k_factors = row_factors(q, for_q.eps), row_factors(k, for_k.eps)
     q_mean, k_mean = turned_mean(q, q_factors, for_q), turned_mean(k, k_factors, for_k)

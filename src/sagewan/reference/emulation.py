@@ -15,6 +15,7 @@ row without any is zero. Inputs are never changed.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,8 @@ class _Prepared:
 class _Walk:
     """How queries and keys are walked through: by so many rows and keys, and past the blocks that
     the mask leaves out; ``allowed`` [B or 1, H or 1, rows, ⌈M/128⌉] is the mask of some rows. With
-    ``own_place`` and no mask, from the keys at the place of each ``BLOCK`` queries on, ``first``.
+    ``own_place`` and no mask, from the keys at the place of each ``BLOCK`` queries on, ``first``. A
+    row's maximum rises only where a score is more than ``headroom`` powers of two above it.
     """
 
     block_m: int
@@ -58,6 +60,7 @@ class _Walk:
     block_mask: Tensor | None = None
     allowed: Tensor | None = None
     own_place: bool = False
+    headroom: int = 0
     first: int = 0
 
     def of_rows(self, start: int, count: int) -> "_Walk":
@@ -138,20 +141,25 @@ def sageattn_3_fp8(
     block_m: int = 128,
     block_n: int = 64,
     rows_per_scale: int = 1,
+    keys_per_scale: int = 1,
     rounded_sums: bool = False,
     own_place: bool = False,
+    headroom: int = 0,
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Result:
-    """Q·Kᵀ as :func:`sageattn_3`, but for ``rows_per_scale`` tokens to a scale; P·V in e4m3, P
-    times 448 and V scaled per channel. ``rounded_sums`` divides by the sums of P as rounded;
-    ``own_place`` begins with the keys at the place of each 128 queries, if no mask lists them."""
+    """Q·Kᵀ as :func:`sageattn_3`, but for how keys are rounded; P·V in e4m3, P times 448 and V
+    scaled per channel. ``rounded_sums`` divides by the sums of P as rounded;
+    ``own_place`` begins with the keys at the place of each 128 queries, if no mask lists them;
+    a row's maximum rises only where a score is more than ``headroom`` powers of two above it, and P
+    is so much smaller than 448."""
     scaled = _scale(q, scale)
     values = formats.e4m3_per_channel(v).value()
-    operands = _fine_int8(scaled, k, values, block_m, (rows_per_scale, rows_per_scale))
-    sums = _p_e4m3 if rounded_sums else None
-    walk = _Walk(block_m, block_n, block_mask, own_place=own_place)
-    result = _online_softmax(operands, _p_e4m3, walk, round_sum=sums)
+    operands = _fine_int8(scaled, k, values, block_m, (rows_per_scale, keys_per_scale))
+    round_p = partial(_p_e4m3, largest=2.0**headroom)
+    walk = _Walk(block_m, block_n, block_mask, own_place=own_place, headroom=headroom)
+    sums = round_p if rounded_sums else None
+    result = _online_softmax(operands, round_p, walk, round_sum=sums)
     return _finish(q, k, scaled, result, return_lse)
 
 
@@ -234,9 +242,10 @@ def _sixteen_bit(q: Tensor) -> Round:
     return lambda x: x.to(dtype).float()
 
 
-def _p_e4m3(p: Tensor) -> Tensor:
-    # P is at most 1: times 448 it uses the whole range and small probabilities don't underflow.
-    return formats.e4m3(p * formats.E4M3_MAX) / formats.E4M3_MAX
+def _p_e4m3(p: Tensor, largest: float = 1.0) -> Tensor:
+    # Up to 448 it uses the whole range and small probabilities don't underflow.
+    factor = formats.E4M3_MAX / largest
+    return formats.e4m3(p * factor) / factor
 
 
 def _p_nvfp4(p: Tensor) -> Tensor:
@@ -284,7 +293,8 @@ def _rows_of_output(
             correction = _product(means, operands.k_exact[..., keys, :].mT)
             scores += correction.repeat_interleave(walk.block_m, -2)[..., : q.shape[-2], :]
         scores = walk.masked(scores, start)
-        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        found = scores.amax(-1, keepdim=True)
+        new_highest = torch.where(found > highest + walk.headroom, found, highest)
         # Minus infinity where a row has attended to nothing yet, and no number to subtract.
         base = new_highest.clamp(min=_LOWEST)
         rescale = torch.exp2(highest - base)

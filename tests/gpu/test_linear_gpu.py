@@ -228,6 +228,42 @@ def test_threads_that_add_the_same_products_shape_add_each_its_own() -> None:
             assert found.equal(alone[case % 4])
 
 
+@pytest.mark.parametrize(
+    ("format_", "plain", "through"),
+    [
+        ("float8_e4m3fn", matmul.fp8_rows, matmul.gelu_fp8_rows),
+        ("nvfp4", matmul.fp8_rows_of_nvfp4, matmul.gelu_fp8_rows_of_nvfp4),
+    ],
+)
+@pytest.mark.parametrize(
+    ("rows", "sides"),
+    [(1000, (1536, 8960)), (77, (256, 528)), (16380, (5120, 13824)), (1, (32, 16))],
+)
+def test_a_product_through_gelu_is_the_product_and_a_pass(
+    format_: str, plain: Any, through: Any, rows: int, sides: tuple[int, int]
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is Hopper's")
+    x, weight, bias = random(rows, sides[0]), random(sides[1], sides[0]) / 20, random(sides[1])
+    packed, quantised = pack(weight, format_), quantize_rows(x)
+    lengths = x.float().norm(dim=1, keepdim=True)
+    for own_bias in (bias, None):
+        product = plain(quantised, packed, own_bias)
+        exact = F.gelu(product.float(), approximate="tanh")
+        usual = quantize_rows(product, gelu=True)
+        known: dict[torch.device, Tensor] = {}
+        for _ in range(2):
+            found = through(
+                Fp8Rows(quantised.data, quantised.scale, lengths), packed, own_bias, known
+            )
+        assert list(known) == [x.device]
+        errors = [
+            float((one.data.float() * one.scale - exact).norm() / exact.norm())
+            for one in (found, usual)
+        ]
+        assert errors[0] < 1.1 * errors[1] + 0.002, errors
+
+
 @pytest.mark.parametrize("quantization", ["fp8_scaled", "fp4_scaled"])
 def test_a_run_multiplies_as_planned(quantization: str, tmp_path: Path) -> None:
     request = Request(
@@ -241,10 +277,12 @@ def test_a_run_multiplies_as_planned(quantization: str, tmp_path: Path) -> None:
     assert weights["format"] == {"fp8_scaled": "float8_e4m3fn", "fp4_scaled": "nvfp4"}[quantization]
     names = {row["implementation"] for row in weights["compute"]}
     if torch.cuda.get_device_capability() == (9, 0):
-        low = {"fp8_scaled": "cublas.fp8_rows", "fp4_scaled": "cublas.fp8_rows_of_nvfp4"}
-        assert low[quantization] in names
-        added = [row for row in weights["compute"] if "added to the residual" in row["compute"]]
-        assert {row["implementation"] for row in added} == {low[quantization]}
+        formats = {"fp8_scaled": "", "fp4_scaled": "_of_nvfp4"}
+        low = f"sagewan.fp8_rows_hopper{formats[quantization]}"
+        assert low in names
+        for how in ("added to the residual", "through GELU to fp8"):
+            rows = [row for row in weights["compute"] if how in row["compute"]]
+            assert {row["implementation"] for row in rows} == {low}
 
 
 @pytest.mark.parametrize("measured", [False, True])

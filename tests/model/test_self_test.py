@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.model import matmul
 from sagewan.model.self_test import self_test
 from sagewan.plan.linear import LINEAR_ROWS
+from sagewan.reference import formats
 from tests.machines import CPU
 
 ROWS = {row.name: row for row in LINEAR_ROWS}
@@ -89,6 +92,23 @@ def test_a_product_that_is_added_is_tested_too(
 
     monkeypatch.setattr(matmul, "add_fp8_rows", add)
     row = replace(ROWS["emulated.fp8"], adds="sagewan.model.matmul:add_fp8_rows")
+    test = self_test(row, CPU, "bfloat16")
+    assert test.passed is passes, test
+
+
+@pytest.mark.parametrize(("spoilt", "passes"), [(1.0, True), (1.1, False)])
+def test_a_product_through_gelu_is_tested_too(
+    spoilt: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def through(x: Any, packed: Any, bias: Any, known: Any) -> Any:
+        assert known == {}
+        assert x.norm.shape == x.scale.shape
+        product = added(x, packed, bias, torch.ones(()))
+        made = formats.e4m3_per_row(F.gelu(product, approximate="tanh"))
+        return Fp8Rows(made.data.to(torch.float8_e4m3fn), made.scale * spoilt)
+
+    monkeypatch.setattr(matmul, "gelu_fp8_rows", through)
+    row = replace(ROWS["emulated.fp8"], gelu="sagewan.model.matmul:gelu_fp8_rows")
     test = self_test(row, CPU, "bfloat16")
     assert test.passed is passes, test
 

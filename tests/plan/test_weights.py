@@ -70,6 +70,26 @@ def test_cublas_adds_products_since_cuda_12_9(cuda: str, main: str) -> None:
     assert plan.weights.main.name == main
 
 
+@pytest.mark.parametrize(
+    ("card", "cuda", "bindings", "main"),
+    [
+        ("H100", "13.0", "13.3.1", "sagewan.fp8_rows_hopper"),
+        ("H100", "12.6", "13.3.1", "torch.fp8_rows"),
+        ("H100", "13.0", "12.6", "cublas.fp8_rows"),
+        ("4090", "13.0", "13.3.1", "torch.fp8_rows"),
+    ],
+)
+def test_our_own_product_through_gelu_wants_hopper_and_a_compiler(
+    card: str, cuda: str, bindings: str, main: str
+) -> None:
+    hardware = replace(machine(card, **PACKAGES, cuda_bindings=bindings), torch_cuda=cuda)
+    request = Request(prompt="a cat", quantization="fp8_scaled")
+    plan = make_plan(request, WAN_14B, hardware, Evidence())
+    assert plan.weights.main
+    assert plan.weights.main.name == main
+    assert bool(plan.weights.main.gelu) is (main == "sagewan.fp8_rows_hopper")
+
+
 def test_a_cpu_unpacks_and_emulates_where_it_is_asked_to() -> None:
     plan = planned(model=DEMO, quantization="fp8_scaled")
     assert plan.weights.main

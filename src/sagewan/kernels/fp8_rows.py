@@ -10,17 +10,24 @@ from torch import Tensor
 class Fp8Rows:
     """Rows of activations as FP8: row m is ``data[m] · scale[m]``.
 
-    data float8_e4m3fn [..., K], scale float32 [..., 1].
+    data float8_e4m3fn [..., K], scale float32 [..., 1]; ``norm`` float32 [..., 1] is the length of
+    each row, where a product wants to know how large its results may be.
     """
 
     data: Tensor
     scale: Tensor
+    norm: Tensor | None = None
 
     @classmethod
-    def empty(cls, *shape: int, device: torch.device) -> "Fp8Rows":
-        """Rows of this shape, to be written."""
+    def empty(cls, *shape: int, device: torch.device, norm: bool = False) -> "Fp8Rows":
+        """Rows of this shape, to be written, with their ``norm`` or without."""
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-        return cls(data, torch.empty(*shape[:-1], 1, dtype=torch.float32, device=device))
+        scale, length = (
+            torch.empty(*shape[:-1], 1, dtype=torch.float32, device=device) if wanted else None
+            for wanted in (True, norm)
+        )
+        assert scale is not None
+        return cls(data, scale, length)
 
     @classmethod
     def within(cls, x: Tensor, scale: Tensor) -> "Fp8Rows":
@@ -32,7 +39,8 @@ class Fp8Rows:
 
     def tokens(self, start: int, stop: int) -> "Fp8Rows":
         """Of rows [B, N, K], the tokens from start to stop: a view."""
-        return Fp8Rows(self.data[:, start:stop], self.scale[:, start:stop])
+        norm = None if self.norm is None else self.norm[:, start:stop]
+        return Fp8Rows(self.data[:, start:stop], self.scale[:, start:stop], norm)
 
     @property
     def aligned_scale(self) -> Tensor:

@@ -87,6 +87,7 @@ def add_and_norm(
         "o_b": data.stride(0) if data is not None else 0,
         "scales": out.scale if isinstance(out, Fp8Rows) else None,
         "s_b": out.scale.stride(0) if isinstance(out, Fp8Rows) else 0,
+        "norms": out.norm if isinstance(out, Fp8Rows) else None,
         "eps": 0.0 if norm is None or norm.eps is None else norm.eps,
         "NORM": norm is not None and norm.eps is not None,
         "COLUMNS": columns,
@@ -146,6 +147,7 @@ def _norm_kernel(
     shift, scale, v_b,  # [B, W] float32 or None
     out, o_b,  # [B, N, W] 16 bit, or float8_e4m3fn with its scales, or None
     scales, s_b,  # [B, N] float32 or None
+    norms,  # [B, N] float32 in the same strides, or None
     eps,
     NORM: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -177,6 +179,11 @@ def _norm_kernel(
                 value += load_part(shift + batch * v_b, part, COLUMNS, BLOCK, False)
             made = made + (value,)
         target = out + batch * o_b + token * COLUMNS
+        if norms is not None:
+            squares = tl.zeros((BLOCK,), tl.float32)
+            for part in tl.static_range(PARTS):
+                squares += made[part] * made[part]
+            tl.store(norms + batch * s_b + token, tl.sqrt(tl.sum(squares, 0)))
         if scales is not None:
             store_fp8(target, scales + batch * s_b + token, made, PARTS, COLUMNS, BLOCK)
         else:

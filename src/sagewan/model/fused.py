@@ -111,17 +111,20 @@ class FusedBlock:
         )
         q = heads_of(_product(cross.to_q, x), cross)
         self._rotate(q, q, cross.norm_q, None)
+        through = _gives_gelu(*ffn[::2])
         x = self._normed(
             chunk,
             block.norm3,
             (3, 4),
             (ffn[0].proj,),
             self._added(chunk, cross.to_out[0], attend_to(q, known), None),
+            lengths=through,
         )
-        inner = _product(ffn[0].proj, x)
+        inner = ffn[0].proj.gelu_of_fp8(x) if through else _product(ffn[0].proj, x)
         del x, q
         if _takes_fp8(ffn[2]):
-            y = self._added(chunk, ffn[2], self.passes.run(quantize_rows, inner, gelu=True), 5)
+            inner = inner if through else self.passes.run(quantize_rows, inner, gelu=True)
+            y = self._added(chunk, ffn[2], inner, 5)
         else:
             y = ffn[2](gelu(inner, approximate="tanh")), 5
         for start, stop, vectors in chunk.runs if y else ():
@@ -148,13 +151,16 @@ class FusedBlock:
         modulation: tuple[int, int] | None,
         takers: tuple[Any, ...],
         residual: "_Waiting | None" = None,
+        *,
+        lengths: bool = False,
     ) -> Operand:
         """The chunk, to which a residual is added first, normalised and modulated, as the takers
-        take it; ``modulation`` and the residual's gate are places among the time's vectors."""
+        take it, with the ``lengths`` of its rows in FP8 if they are wanted; ``modulation`` and the
+        residual's gate are places among the time's vectors."""
         fp8 = all(map(_takes_fp8, takers))
         hidden = chunk.hidden
         out = (
-            Fp8Rows.empty(*hidden.shape, device=hidden.device)
+            Fp8Rows.empty(*hidden.shape, device=hidden.device, norm=lengths)
             if fp8
             else torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         )
@@ -222,6 +228,12 @@ def _residual(waiting: _Waiting | None, start: int, stop: int, vectors: Tensor) 
 
 def _takes_fp8(layer: Any) -> bool:
     return isinstance(layer, QuantLinear) and layer.takes_fp8
+
+
+def _gives_gelu(first: Any, second: Any) -> bool:
+    """Whether what is between a feed-forward's layers is written by the product of the first."""
+    layer = first.proj
+    return isinstance(layer, QuantLinear) and layer.gives_gelu and _takes_fp8(second)
 
 
 def _product(layer: Any, x: Operand) -> Tensor:

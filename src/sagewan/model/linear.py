@@ -22,6 +22,8 @@ _FIELDS = ("data", "scale", "tensor_scale", "pre_scale")
 Multiply = Callable[[Any, Packed, Tensor | None], Tensor]
 # x, weight, bias and gate, and what their product is added to.
 MultiplyAdd = Callable[[Fp8Rows, Packed, Tensor | None, Tensor | None, Tensor], None]
+# x, weight, bias, and what is known of the weight on each device.
+MultiplyGelu = Callable[[Fp8Rows, Packed, Tensor | None, dict[torch.device, Tensor]], Fp8Rows]
 
 
 class QuantLinear(nn.Linear):
@@ -55,6 +57,8 @@ class QuantLinear(nn.Linear):
         self.multiply: Multiply = unpacked
         self.multiplies_fp8 = False
         self.multiply_add: MultiplyAdd | None = None
+        self.multiply_gelu: MultiplyGelu | None = None
+        self._known: dict[torch.device, Tensor] = {}
 
     @property
     def takes_fp8(self) -> bool:
@@ -79,6 +83,24 @@ class QuantLinear(nn.Linear):
             rows = Fp8Rows(data.view(-1, self.in_features), scale.view(-1, 1))
             place = here.view(-1, self.out_features)
             self.multiply_add(rows, self.packed, self.bias, own, place)
+
+    @property
+    def gives_gelu(self) -> bool:
+        """Whether there is :meth:`gelu_of_fp8`."""
+        return self.takes_fp8 and self.multiply_gelu is not None
+
+    def gelu_of_fp8(self, x: Fp8Rows) -> Fp8Rows:
+        """GELU's approximation by tanh of what the layer gives for x [B, n, K], whose norm is
+        given, as FP8 [B, n, N]. Tokens lie without gaps."""
+        assert self.multiply_gelu is not None
+        flat = (None if t is None else t.view(-1, t.shape[-1]) for t in (x.data, x.scale, x.norm))
+        data, scale, norm = flat
+        assert data is not None
+        assert scale is not None
+        rows = Fp8Rows(data, scale, norm)
+        out = self.multiply_gelu(rows, self.packed, self.bias, self._known)
+        shape = x.data.shape[:-1]
+        return Fp8Rows(out.data.view(*shape, -1), out.scale.view(*shape, 1))
 
     def of_fp8(self, x: Fp8Rows) -> Tensor:
         """As the layer's forward pass, for an input [..., K] that is FP8 already. Tokens may lie in
@@ -152,7 +174,11 @@ class Multiplier:
                     row = plan.precise(module.format)
                 module.multiply = self._counting(row, module.format)
                 module.multiplies_fp8 = row.takes_fp8
-                module.multiply_add = None
+                module.multiply_add = module.multiply_gelu = None
+                if row.gelu:
+                    through = replace(row, call=row.gelu)
+                    told = f"{row.compute}, through GELU to fp8"
+                    module.multiply_gelu = self._counting(through, module.format, told)
                 if row.adds:
                     adding = replace(row, call=row.adds)
                     added = f"{row.compute}, added to the residual"

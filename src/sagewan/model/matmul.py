@@ -50,6 +50,21 @@ def add_fp8_rows_of_nvfp4(
     _add(x, weight, scale, _Gated(bias, gate), into)
 
 
+def gelu_fp8_rows(
+    x: Fp8Rows, packed: Packed, bias: Tensor | None, known: dict[torch.device, Tensor]
+) -> Fp8Rows:
+    """GELU's approximation by tanh of what :func:`fp8_rows` gives, in FP8. ``known`` keeps, for the
+    next call, what the weight's rows say of the results' size."""
+    return _gelu(x, packed.data, _scale(packed), bias, known)
+
+
+def gelu_fp8_rows_of_nvfp4(
+    x: Fp8Rows, packed: Packed, bias: Tensor | None, known: dict[torch.device, Tensor]
+) -> Fp8Rows:
+    """As :func:`gelu_fp8_rows`, of what :func:`fp8_rows_of_nvfp4` gives."""
+    return _gelu(x, *_unpacked_e4m3(packed), bias, known)
+
+
 def nvfp4_unpacked(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """An FP4 weight, unpacked to x's dtype by one kernel, and multiplied in 16 bit."""
     from sagewan.kernels.nvfp4_unpack import unpack_16
@@ -129,6 +144,22 @@ def _add(x: Fp8Rows, weight: Tensor, weight_scale: Tensor, by: _Gated, into: Ten
     from sagewan.kernels.cublas_lt import add_product
 
     add_product(x, weight, by.scale(weight_scale.flatten()), by.added, into)
+
+
+def _gelu(
+    x: Fp8Rows,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    known: dict[torch.device, Tensor],
+) -> Fp8Rows:
+    from sagewan.kernels.gelu_product import bound_of, gelu_product
+
+    bound = known.get(weight.device)
+    if bound is None:
+        bound = known[weight.device] = bound_of(weight, weight_scale, bias)
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    return gelu_product(x, weight, weight_scale.contiguous(), bias, bound)
 
 
 def _unpacked_e4m3(packed: Packed) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,11 @@ def _error(row: LinearRow, device: Device, dtype: str, format_: str) -> float:
     packed = pack(weight, format_)
     exact = F.linear(x.double(), unpack(packed, torch.float64), bias.double())
     found = load(row)(x, packed, bias).double()
-    return max(_of_rows(found, exact), _error_added(row, x, packed, bias, exact))
+    return max(
+        _of_rows(found, exact),
+        _error_added(row, x, packed, bias, exact),
+        _error_through_gelu(row, x, packed, bias, exact),
+    )
 
 
 def _error_added(
@@ -84,13 +88,29 @@ def _error_added(
     """Of the product that is added, with a gate of both signs; 0 for a row without one."""
     if row.adds is None:
         return 0.0
-    rounded = formats.e4m3_per_row(x)
-    rows = Fp8Rows(rounded.data.to(torch.float8_e4m3fn), rounded.scale)
+    rows = _rounded(x)
     gate = torch.linspace(-2, 2, len(bias), device=x.device)
     before = torch.ones_like(exact) * exact.norm(dim=1, keepdim=True) / exact.shape[1] ** 0.5
     into = before.to(x.dtype)
     load(replace(row, call=row.adds))(rows, packed, bias, gate, into)
     return _of_rows(into.double(), before.to(x.dtype).double() + gate.double() * exact)
+
+
+def _error_through_gelu(
+    row: LinearRow, x: torch.Tensor, packed: Packed, bias: torch.Tensor, exact: torch.Tensor
+) -> float:
+    """Of what comes through GELU in FP8; 0 for a row without that."""
+    if row.gelu is None:
+        return 0.0
+    found = load(replace(row, call=row.gelu))(_rounded(x), packed, bias, {})
+    value = found.data.double() * found.scale.double()
+    return _of_rows(value, F.gelu(exact, approximate="tanh"))
+
+
+def _rounded(x: torch.Tensor) -> Fp8Rows:
+    rounded = formats.e4m3_per_row(x)
+    data = rounded.data.to(torch.float8_e4m3fn)
+    return Fp8Rows(data, rounded.scale, x.float().norm(dim=1, keepdim=True))
 
 
 def _of_rows(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -7,9 +7,11 @@ None, and gives [M, N] in x's dtype.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from packaging.version import Version
 
+from sagewan.plan.catalogue import CUDA_BINDINGS
 from sagewan.plan.hardware import Device, Hardware
 from sagewan.plan.objection import Objection
 from sagewan.plan.row import ADA_UP, AMPERE_UP, ANY_FLOAT, BLACKWELL, Row
@@ -47,13 +49,15 @@ class LinearRow(Row):
     later row of the table is faster; ``cuda`` the oldest that torch may be built for.
     ``takes_fp8``: its input may come as FP8 with a scale a row
     (:class:`sagewan.kernels.fp8_rows.Fp8Rows`), from whatever computed it. ``adds`` is the
-    ``"module:function"`` that adds the product of such an input, times a gate, to what is there."""
+    ``"module:function"`` that adds the product of such an input, times a gate, to what is there;
+    ``gelu`` the one that gives GELU of it, as FP8."""
 
     formats: tuple[str, ...]
     compute: str
     low: bool = False
     takes_fp8: bool = False
     adds: str | None = None
+    gelu: str | None = None
     rows: tuple[int, int | None] = (1, None)
     side: int = 1
     cuda: str | None = None
@@ -118,6 +122,27 @@ _FP8_OF_NVFP4 = replace(
 # Where cuBLASLt multiplies FP8 with a scale a row, and since when.
 _HOPPER, _CUDA = (90,), "12.9"
 
+_CUBLAS = replace(
+    _FP8,
+    name="cublas.fp8_rows",
+    adds="sagewan.model.matmul:add_fp8_rows",
+    sms=_HOPPER,
+    cuda=_CUDA,
+)
+_CUBLAS_OF_NVFP4 = replace(
+    _FP8_OF_NVFP4,
+    name="cublas.fp8_rows_of_nvfp4",
+    adds="sagewan.model.matmul:add_fp8_rows_of_nvfp4",
+    sms=_HOPPER,
+    cuda=_CUDA,
+)
+# The same, and one kernel of our own, in CUDA C++.
+_OURS: dict[str, Any] = {
+    "package": CUDA_BINDINGS,
+    "versions": ("12.8", "14"),
+    "install": "pip install cuda-bindings nvidia-cuda-nvrtc",
+}
+
 LINEAR_ROWS: tuple[LinearRow, ...] = (
     LinearRow(
         name="sagewan.thin",
@@ -146,20 +171,20 @@ LINEAR_ROWS: tuple[LinearRow, ...] = (
         systems=("Linux", "Windows"),
     ),
     replace(
-        _FP8,
-        name="cublas.fp8_rows",
-        adds="sagewan.model.matmul:add_fp8_rows",
-        sms=_HOPPER,
-        cuda=_CUDA,
+        _CUBLAS,
+        name="sagewan.fp8_rows_hopper",
+        gelu="sagewan.model.matmul:gelu_fp8_rows",
+        **_OURS,
     ),
+    _CUBLAS,
     _FP8,
     replace(
-        _FP8_OF_NVFP4,
-        name="cublas.fp8_rows_of_nvfp4",
-        adds="sagewan.model.matmul:add_fp8_rows_of_nvfp4",
-        sms=_HOPPER,
-        cuda=_CUDA,
+        _CUBLAS_OF_NVFP4,
+        name="sagewan.fp8_rows_hopper_of_nvfp4",
+        gelu="sagewan.model.matmul:gelu_fp8_rows_of_nvfp4",
+        **_OURS,
     ),
+    _CUBLAS_OF_NVFP4,
     _FP8_OF_NVFP4,
     LinearRow(
         name="emulated.fp8",

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from sagewan.checkpoint.find import find_model
 from sagewan.errors import Cancelled, RequestError
 from sagewan.evaluate.run import Evaluation, evaluate
 from sagewan.pipeline.progress import Event, Watch
@@ -126,7 +127,9 @@ def _without_self_tests() -> Callable[..., object]:
     return decide
 
 
-def test_an_evaluation_that_was_stopped_goes_on(tmp_path: Path) -> None:
+def test_an_evaluation_that_was_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = evaluate(settings(tmp_path / "whole", "sageattn"))
 
     def stop(event: Event) -> None:
@@ -148,6 +151,12 @@ def test_an_evaluation_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert rest.entries == whole.entries
     with pytest.raises(RequestError, match="other settings"):
         evaluate(settings(tmp_path / "parts", "sageattn", steps=3))
+    # Rounded by other measurements, quantised weights are others.
+    monkeypatch.setattr(
+        "sagewan.evaluate.run.find_model", lambda name: replace(find_model(name), measured={})
+    )
+    with pytest.raises(RequestError, match="other settings"):
+        evaluate(settings(tmp_path / "parts", "sageattn"))
 
 
 def test_prompts_of_a_file_are_compared_without_a_score(tmp_path: Path) -> None:

@@ -158,6 +158,11 @@ def _settings(
             "seed": plan.seed,
             "negative": plan.negative,
         },
+        # Measured anew, weights are rounded to others.
+        "measured": {
+            part: hashlib.sha256(path.read_bytes()).hexdigest()
+            for part, path in plan.model.measured.items()
+        },
         "clips": len(asked),
         "prompts": hashlib.sha256(prompts.encode()).hexdigest(),
     }

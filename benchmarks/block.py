@@ -41,16 +41,17 @@ FLOPS = {
     "attention": lambda n: 4 * n * n * WIDTH,
 }
 # The most that each way's change of the hidden state may differ from float32's.
-LIMITS = {"bf16": 0.02, "fp8": 0.08, "fp8 added": 0.08}
+LIMITS = {"bf16": 0.02, "fp8": 0.08, "fp8 added": 0.08, "fp8 through": 0.08}
 _ATTENTION = ("attention", "flash", "fmha", "sdpa", "cudnn_generated", "softmax")
-_PRODUCT = ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk", "dot_kernel")
+_PRODUCT = ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk", "dot_kernel", "product")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
     """How the block runs. ``mode`` is a row of attention's; None is diffusers' own forward.
     ``apart``: Q and K are normalised and turned before they are prepared. ``weights`` "fp8 added":
-    products add themselves to the residual."""
+    products add themselves to the residual; "fp8 through": so does that after GELU, which the one
+    before it writes."""
 
     name: str
     weights: str
@@ -74,7 +75,8 @@ WAYS = (
     Way(name="fused fp8 by 8192", weights="fp8 added", mode=FP8, fused=True, chunk=8192),
     Way(name="fused fp8, Q, K apart", weights="fp8", mode=FP8, fused=True, chunk=16384, apart=True),
     Way(name="fused fp8, sums apart", weights="fp8", mode=FP8, fused=True, chunk=16384),
-    Way(name="fused fp8 16384", weights="fp8 added", mode=FP8, fused=True, chunk=16384),
+    Way(name="fused fp8, GELU apart", weights="fp8 added", mode=FP8, fused=True, chunk=16384),
+    Way(name="fused fp8 16384", weights="fp8 through", mode=FP8, fused=True, chunk=16384),
     Way(name="fused fp8", weights="fp8", mode=FP8, fused=True),
 )
 
@@ -98,7 +100,7 @@ def make_block() -> Any:
     return block.eval().requires_grad_(False)
 
 
-def quantised(block: Any, *, adds: bool) -> Any:
+def quantised(block: Any, *, adds: bool, through: bool = False) -> Any:
     import copy
 
     other = copy.deepcopy(block)
@@ -108,6 +110,7 @@ def quantised(block: Any, *, adds: bool) -> Any:
             if name not in ("attn2.to_k", "attn2.to_v"):
                 layer.multiply, layer.multiplies_fp8 = matmul.fp8_rows, True
                 layer.multiply_add = matmul.add_fp8_rows if adds else None
+                layer.multiply_gelu = matmul.gelu_fp8_rows if through else None
             other.set_submodule(name, layer)
     return other
 
@@ -266,6 +269,7 @@ def main() -> None:
         "bf16": plain,
         "fp8": quantised(plain, adds=False),
         "fp8 added": quantised(plain, adds=True),
+        "fp8 through": quantised(plain, adds=True, through=True),
         "float32": copy.deepcopy(plain).float(),
     }
     print(torch.cuda.get_device_name(), torch.__version__, time.strftime("%Y-%m-%d"))

@@ -81,6 +81,7 @@ def test_fewer_bits_lower_the_floor_where_the_card_has_them() -> None:
         ("_quantize_rows_kernel", PREPARATION),
         ("_unpack_kernel", PREPARATION),
         ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNT", PRODUCTS),
+        ("product", PRODUCTS),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", PRODUCTS),
         ("void cutlass::device_kernel<at::cuda::detail::enable_3x_kernel_for_sm9x", PRODUCTS),
         ("triton_poi_fused__scaled_dot_product_attention_add_mul_4", OTHER),

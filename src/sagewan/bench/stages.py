@@ -23,15 +23,15 @@ _COMPILED = re.compile(r"triton_(poi|red|per)_")
 _PATTERNS = (
     (PREPARATION, r"prepare|quanti[sz]e|unpack|_(rows|columns|reduce|corrections)_kernel"),
     (ATTENTION, r"attention|attend|flash|fmha|sdpa|_attn"),
-    (PRODUCTS, r"gemm|nvjet|cutlass|cublas|xmma|splitk|scaled_mm|_linear_kernel"),
+    (PRODUCTS, r"gemm|nvjet|cutlass|cublas|xmma|splitk|scaled_mm|_linear_kernel|^product$"),
 )
 
 
 def stage_of(kernel: str) -> str:
     """The stage that a kernel belongs to, by its name.
 
-    >>> [stage_of(name) for name in ("nvjet_tst_192x192", "cudnn_…_sdpa_sm90_flash_fprop", "copy_")]
-    ['products', 'attention', 'everything else']
+    >>> [stage_of(name) for name in ("nvjet_tst_192x192", "product", "cudnn_…_sdpa", "copy_")]
+    ['products', 'products', 'attention', 'everything else']
     """
     if _COMPILED.match(kernel):
         return OTHER

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory_decode import decode, decode_speed
 from benchmarks.memory_parts import activations, swap_cost, twenty
+from benchmarks.memory_vae import decode, decode_speed, encode
 from benchmarks.pipelines import CARDS, CutOffError, pipeline
 from benchmarks.side_by_side import Limits, given_back, side_by_side
 from benchmarks.watching import HELD, clear, context_alone
@@ -97,7 +97,13 @@ def _beside(name: str, arguments: Namespace) -> None:
 
 
 # GiB of the GPU that cases take which are no card.
-_TAKEN = {"twenty": 2.0, "decode": 16.0, "decode-growing": 12.0, "decode-speed": 6.0}
+_TAKEN = {
+    "twenty": 2.0,
+    "decode": 16.0,
+    "decode-growing": 12.0,
+    "encode": 12.0,
+    "decode-speed": 6.0,
+}
 
 
 def _takes(name: str) -> float:
@@ -174,6 +180,7 @@ def _others(layers: int | None) -> dict[str, Callable[[], dict[str, Any]]]:
         "activations-480p": lambda: activations("480p"),
         "activations-720p": lambda: activations("720p"),
         "decode": decode,
+        "encode": encode,
         "decode-speed": decode_speed,
         "decode-growing": lambda: decode(("growing",)),
         "twenty": twenty,

@@ -1,9 +1,10 @@
-"""How little of a GPU the VAE's decoder goes in, with segments that are fixed or can grow."""
+"""How little of a GPU the VAE goes in, with segments that are fixed or can grow."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from benchmarks.pipelines import T2V, TI2V, CutOffError
 from benchmarks.random_models import random_vae
 from benchmarks.watching import DEVICE, clear
 from sagewan.model.vae import decode_pieces, decode_tiles
+from sagewan.model.vae import encode as vae_encode
 from sagewan.pipeline.decode import frame_bytes
 from sagewan.pipeline.probe import probe
 from sagewan.plan.budget.needs import Needs
-from sagewan.plan.budget.stage import CONTEXT, with_overhead
-from sagewan.plan.budget.vae import decode_stage
+from sagewan.plan.budget.stage import CONTEXT, Stage, with_overhead
+from sagewan.plan.budget.vae import decode_stage, picture_stage
+from sagewan.plan.decoding import EXACT
 from sagewan.plan.hardware import GIB
 from sagewan.plan.models import PUBLISHED, Model
 from sagewan.plan.pretend import pretend
@@ -66,6 +69,13 @@ SHAPES = (
     Shape(TI2V, (1280, 704), None),
     Shape(T2V, (1920, 1088), (68, 120)),
 )
+ENCODED = (
+    Shape(T2V, (1280, 720), (45, 80)),
+    Shape(T2V, (1280, 720), None),
+    Shape(TI2V, (1280, 704), (22, 40)),
+    Shape(TI2V, (1280, 704), None),
+)
+_ENCODED_FRAMES = 13
 # How often the least is halved in on, between what is allocated and what would be held.
 _HALVINGS = 2
 
@@ -101,20 +111,36 @@ def decode_speed() -> dict[str, Any]:
     return {"seconds": seconds, "least": {mode: min(found) for mode, found in seconds.items()}}
 
 
-def _planned(shape: Shape, needs: Needs) -> dict[str, float]:
-    stage = decode_stage(needs, shape.tile)
-    items = {item.name: item.device / GIB for item in stage.items}
-    planned = (with_overhead(stage, on_device=True).device - CONTEXT) / GIB
-    return {"vae": items["VAE"], "activations": items["activations"], "planned": planned}
+def encode() -> dict[str, Any]:
+    """As :func:`decode`, of the VAE's encoder, which is in float32, and segments that can grow."""
+    found: list[dict[str, Any]] = []
+    try:
+        for shape in ENCODED:
+            found.append({"model": shape.name, "size": shape.size, "tile": shape.tile})
+            with _segments(growing=True):
+                needs = shape.needs(growing=True)
+                vae = random_vae(shape.model, EXACT).eval().to(DEVICE)
+                run = partial(_encoded, vae, shape)
+                found[-1]["growing"] = _least_of(run, picture_stage(needs, shape.tile))
+                del vae, run
+            print(found[-1], flush=True)
+    except CutOffError:
+        return {"shapes": found, "cut off": True}
+    return {"shapes": found}
 
 
 def _least(shape: Shape, needs: Needs) -> dict[str, Any]:
-    planned = _planned(shape, needs)
     vae = random_vae(shape.model, needs.decoding).eval().to(DEVICE)
     latents = torch.randn(1, shape.model.latent_channels, *needs.shape, device=DEVICE)
-    latents = latents.to(vae.dtype)
+    run = partial(_decoded, latents.to(vae.dtype), vae, shape.tile)
+    return _least_of(run, decode_stage(needs, shape.tile))
+
+
+def _least_of(run: Callable[[], tuple[float, float, float]], stage: Stage) -> dict[str, Any]:
+    weights, active = (item.device / GIB for item in stage.items[:2])
+    planned = (with_overhead(stage, on_device=True).device - CONTEXT) / GIB
     try:
-        seconds, allocated, held = _decoded(latents, vae, shape.tile)
+        seconds, allocated, held = run()
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}  # others have the rest of the GPU
     tried: dict[float, float | None] = {round(held, 3): round(seconds, 2)}
@@ -122,7 +148,7 @@ def _least(shape: Shape, needs: Needs) -> dict[str, Any]:
     def goes_in(gib: float) -> bool:
         with _limited(gib):
             try:
-                tried[round(gib, 3)] = round(_decoded(latents, vae, shape.tile)[0], 2)
+                tried[round(gib, 3)] = round(run()[0], 2)
             except torch.OutOfMemoryError:
                 tried[round(gib, 3)] = None
         return tried[round(gib, 3)] is not None
@@ -131,31 +157,46 @@ def _least(shape: Shape, needs: Needs) -> dict[str, Any]:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if goes_in(middle) else (middle, high)
+    gib = {"vae": weights, "activations": active, "planned": planned, "allocated": allocated}
     return {
-        **{name: round(gib, 3) for name, gib in planned.items()},
-        "allocated": round(allocated, 3),
-        "held": round(held, 3),
-        "least": round(high, 3),
+        **{name: round(value, 3) for name, value in {**gib, "held": held, "least": high}.items()},
         "seconds": {str(gib): tried[gib] for gib in sorted(tried)},
-        "goes in what is planned": goes_in(planned["planned"]),
+        "goes in what is planned": goes_in(planned),
     }
+
+
+def _encoded(vae: Any, shape: Shape) -> tuple[float, float, float]:
+    width, height = shape.size
+
+    def frames(start: int, stop: int) -> Tensor:
+        return torch.zeros(1, 3, stop - start, height, width, device=DEVICE)
+
+    with _measured() as found, torch.inference_mode():
+        vae_encode(frames, _ENCODED_FRAMES, vae, shape.tile)
+    return found[0], found[1], found[2]
 
 
 def _decoded(latents: Tensor, vae: Any, tile: tuple[int, int] | None) -> tuple[float, float, float]:
     """Seconds, GiB allocated, GiB held."""
-    clear()
-    began = time.perf_counter()
-    with torch.inference_mode():
+    with _measured() as found, torch.inference_mode():
         if tile is None:
             for piece in decode_pieces(latents, vae):
                 frame_bytes(piece)
         else:
             for _, _, piece in decode_tiles(latents, vae, tile):
                 frame_bytes(piece).cpu()
+    return found[0], found[1], found[2]
+
+
+@contextmanager
+def _measured() -> Iterator[list[float]]:
+    """Seconds, GiB allocated and GiB held of the block, once it is over."""
+    clear()
+    began, found = time.perf_counter(), list[float]()
+    yield found
     torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
-    allocated, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return seconds, allocated / GIB, held / GIB
+    held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    found += [time.perf_counter() - began, *(nbytes / GIB for nbytes in held)]
 
 
 @contextmanager

@@ -50,6 +50,7 @@ def test_a_report_on_a_gpu() -> None:
         "bytes": 28,
         "compute": "bfloat16",
         "layers": {"bfloat16": 400, "float32": 3},
+        "measured": {},
         "fallbacks": [],
         "lora": [],
     }

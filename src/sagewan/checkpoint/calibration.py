@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "inputs"
-_FIX = "remove the file, and run sagewan calibrate --for weights"
 # Layers that have the input of another one.
 _SHARED = {"attn1.to_k": "attn1.to_q", "attn1.to_v": "attn1.to_q"}
 
@@ -65,7 +64,8 @@ def by_layer(path: Path | None) -> "Callable[[str, int], Tensor | None]":
         found = measured.get(measured_layer(layer) or "")
         if found is not None and found.shape[1] != inputs:
             raise CheckpointError(
-                f"{path}: {layer} has {inputs} inputs, and {found.shape[1]} were measured: {_FIX}"
+                f"{path}: {layer} has {inputs} inputs, and {found.shape[1]} were measured: remove "
+                "the file, and run sagewan calibrate --for weights"
             )
         return found
 
@@ -76,7 +76,10 @@ def _read(path: Path) -> "dict[str, Tensor]":
     found = {name: stored.tensor() for name, stored in open_file(path).tensors.items()}
     for name, directions in found.items():
         if directions.dim() != 2 or not directions.float().isfinite().all():
-            raise CheckpointError(f"{path}: {name} is no measurement of inputs: {_FIX}")
+            raise CheckpointError(
+                f"{path}: {name} is no measurement of inputs: remove the file, and run "
+                "sagewan calibrate --for weights"
+            )
     return found
 
 

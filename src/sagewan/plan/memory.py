@@ -189,10 +189,12 @@ class _Planner:
         short, cells = self._short(name), self.needs.cells
         if short is None and self._fits(stage(None)):
             return None
+        smallest = tile_sizes(cells)[-1]
+        if not self._fits(stage(smallest)):
+            return smallest
         most = prod(short.tile or cells) // 2 if short else prod(cells)
-        sizes = [size for size in tile_sizes(cells) if prod(size) <= most]
-        fitting = (size for size in sizes[:-1] if self._fits(stage(size)))
-        return next(fitting, tile_sizes(cells)[-1])
+        sizes = (size for size in tile_sizes(cells) if prod(size) <= most)
+        return next((size for size in sizes if self._fits(stage(size))), smallest)
 
     def _chunks_and_swap(self) -> tuple[Chunks, int]:
         """Roomy chunks where they fit and nothing is swapped; else the usual ones and as few

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from sagewan.plan.budget.needs import Needs
@@ -135,6 +136,7 @@ def decode_bytes(
     return max(costs.tiled * prod(held), costs.small_end * prod(size)) * number // 4
 
 
+@cache
 def tile_sizes(size: tuple[int, int]) -> Sequence[tuple[int, int]]:
     """Ways to cut (rows, columns) of latent cells, the largest tiles first: those are quickest, as
     each brings its neighbours' cells along."""

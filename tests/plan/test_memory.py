@@ -324,3 +324,13 @@ def test_where_segments_grow_decoding_takes_less(name: str, vram: int) -> None:
     # Denoising keeps what it has.
     assert found[True].block_swap == found[False].block_swap
     assert [memory.segments_grow for memory in found.values()] == [False, True]
+
+
+@pytest.mark.parametrize(("dtype", "anew"), [("bfloat16", True), ("float32", False)])
+def test_a_decoder_that_is_made_anew_passes_through_the_host(dtype: str, anew: bool) -> None:
+    """Its files hold float32: in that it stays in their pages until it is on the card."""
+    found = plan("wan2.2-ti2v-5b", vram=48, ram=64, dtype=dtype, size=(1280, 704)).memory
+    decode = next(stage for stage in found.stages if stage.name == "decode")
+    vae = next(item for item in decode.items if item.name == "VAE")
+    assert vae.device > GIB
+    assert vae.host == (vae.device if anew else 0)

@@ -28,7 +28,7 @@ from sagewan.pipeline.recover import out_of_memory
 from sagewan.pipeline.run import generate
 from sagewan.pipeline.session import Session
 from sagewan.plan.budget.transformer import Chunks
-from sagewan.plan.evidence import Evidence
+from sagewan.plan.evidence import Evidence, Shortage
 from sagewan.plan.hardware import GIB
 from sagewan.plan.memory import MemoryPlan
 from sagewan.plan.plan import Plan, make_plan
@@ -175,12 +175,15 @@ def test_on_a_cpu_less_is_not_to_be_had(
     ],
 )
 def test_whose_memory_ran_out_is_told_apart(what: str, stage: str, where: str, advice: str) -> None:
-    plan = make_plan(Request(prompt="x"), WAN_14B, machine("H100"), Evidence())
+    short = Shortage(stage="denoise", block_swap=0, tile=None, what="no memory")
+    evidence = Evidence().with_shortage(short)
+    plan = make_plan(Request(prompt="x"), WAN_14B, machine("H100"), evidence)
     said = str(out_of_memory(plan, what, stage))
     assert said.startswith(("NVIDIA " if where == "H100" else "") + f"{where} ran out of memory")
     assert advice in said
-    room = plan.memory.room if where == "H100" else plan.memory.host_room
-    assert f"{room / GIB:.2f} GiB free" in said
+    free = plan.device.memory_free if where == "H100" else plan.memory.host_room
+    assert plan.memory.room < plan.device.memory_free
+    assert f"{free / GIB:.2f} GiB free" in said
 
 
 def test_pinned_memory_that_is_refused_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

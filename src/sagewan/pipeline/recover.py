@@ -200,7 +200,8 @@ def out_of_memory(plan: Plan, what: str, stage: str = "") -> UnsupportedError:
     memory = plan.memory
     on_host = not memory.on_device or what.startswith("MemoryError") or "CPUAllocator" in what
     planned = memory.host_peak if on_host else memory.device_peak
-    free = memory.host_room if on_host else memory.room
+    # What was free, not what is counted on after a shortage.
+    free = memory.host_room if on_host else plan.device.memory_free
     where = "the host" if on_host else plan.device.name
     advice = "close other programs"
     # The text takes the same whatever the video is; beside a GPU the host holds weights, and the

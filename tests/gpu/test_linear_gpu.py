@@ -201,7 +201,11 @@ def test_a_product_added_is_the_product_and_the_sum(
         into = before.clone()
         # From a token that begins no 16 bytes of scales.
         adding(
-            Fp8Rows(quantised.data[1:], quantised.scale[1:]), packed, own_bias, own_gate, into[2:-2]
+            Fp8Rows(quantised.data[1:], quantised.scale[1:]),
+            packed,
+            own_bias,
+            matmul.Gate(own_gate),
+            into[2:-2],
         )
         assert into[:2].equal(before[:2])
         assert into[-2:].equal(before[-2:])
@@ -219,7 +223,7 @@ def test_threads_that_add_the_same_products_shape_add_each_its_own() -> None:
 
     def added(case: int) -> torch.Tensor:
         into = torch.zeros(64, 1024, dtype=torch.bfloat16, device="cuda")
-        matmul.add_fp8_rows(x, packed[case], cases[case][1], None, into)
+        matmul.add_fp8_rows(x, packed[case], cases[case][1], matmul.Gate(None), into)
         return into.cpu()
 
     alone = [added(case) for case in range(4)]

@@ -24,6 +24,7 @@ from sagewan.model.block import Block
 from sagewan.model.blocks import Passes
 from sagewan.model.fused import FusedBlock, HopperBlock
 from sagewan.model.linear import QuantLinear
+from sagewan.model.matmul import Gate
 from sagewan.model.times import Modulation
 from sagewan.plan.attention import AttentionPlan, Choice
 from sagewan.plan.blocks import BLOCK_ROWS
@@ -167,12 +168,12 @@ def small_block(*, fp8: bool, pictures: bool = False) -> Any:
     return block
 
 
-def add_fp8(
-    x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Tensor | None, into: Tensor
-) -> None:
-    weight = packed.data.float() * packed.scale
-    product = F.linear(x.data.float() * x.scale, weight, bias.float())
-    into.copy_(into.float() + (product if gate is None else product * gate))
+def add_fp8(x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Gate, into: Tensor) -> None:
+    # As the kernel takes it: made for the first chunk, and the same for the others.
+    scale, offset = gate.folded(packed.scale, bias)
+    assert gate.folded(packed.scale, bias)[0] is scale
+    weight = packed.data.float() * scale[:, None]
+    into.copy_(into.float() + F.linear(x.data.float() * x.scale, weight, offset.float()))
 
 
 def gelu_fp8(x: Fp8Rows, packed: Packed, bias: Tensor | None, _: Any) -> Fp8Rows:

@@ -14,6 +14,7 @@ from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.model import matmul
 from sagewan.model.linear import Multiplier, QuantLinear, matrices
 from sagewan.model.lora import Adapters
+from sagewan.model.matmul import Gate
 from sagewan.plan.evidence import Evidence
 from sagewan.plan.linear import THIN_ROWS
 from sagewan.plan.plan import make_plan
@@ -63,9 +64,11 @@ def test_what_is_added_to_a_batch_is_added_at_once_where_it_can_be(
     quantised, stored = layer("float8_e4m3fn")
     calls = []
 
-    def add(x: Fp8Rows, packed: Packed, bias: Any, gate: Any, into: torch.Tensor) -> None:
+    def add(x: Fp8Rows, packed: Packed, bias: Any, gate: Gate, into: torch.Tensor) -> None:
         calls.append(into.shape)
-        into += gate * F.linear(x.data.float() * x.scale, unpack(packed, torch.float32), bias)
+        into += gate.values * F.linear(
+            x.data.float() * x.scale, unpack(packed, torch.float32), bias
+        )
 
     quantised.multiply_add = add
     data = random(2, 5, 80, seed=2).to(torch.float8_e4m3fn)
@@ -74,7 +77,7 @@ def test_what_is_added_to_a_batch_is_added_at_once_where_it_can_be(
     sequence = random(2, 9, 48, seed=5)
     into = sequence.clone()[:, 2:7] if not whole else sequence[:, 2:7].clone()
     product = F.linear(data.float() * rows.scale, stored, random(48, seed=1))
-    quantised.add_of_fp8(rows, gate, into)
+    quantised.add_of_fp8(rows, list(map(Gate, gate)), into)
     expected = sequence[:, 2:7] + gate[:, None] * product
     assert torch.allclose(into, expected, atol=1e-4)
     assert calls == [(10, 48)] if shared and whole else [(5, 48)] * 2

@@ -88,7 +88,7 @@ def test_a_product_that_is_added_is_tested_too(
     product: Any, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def add(x: Any, packed: Any, bias: Any, gate: Any, into: Any) -> None:
-        into.copy_(into.float() + product(x, packed, bias, gate))
+        into.copy_(into.float() + product(x, packed, bias, gate.values))
 
     monkeypatch.setattr(matmul, "add_fp8_rows", add)
     row = replace(ROWS["emulated.fp8"], adds="sagewan.model.matmul:add_fp8_rows")

@@ -7,7 +7,7 @@ to FP8 is not written in 16 bit before it. Chunks of tokens go through all that 
 self-attention at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from sagewan.model.block import (
 )
 from sagewan.model.blocks import Passes
 from sagewan.model.linear import QuantLinear
+from sagewan.model.matmul import Gate
 from sagewan.model.times import Modulation
 
 Operand = Tensor | Fp8Rows
@@ -53,8 +54,9 @@ class FusedBlock:
         attended = self._attended(hidden, own, rotary)
         cross = self.block.attn2
         known = self.attention.keys_of_text(self.layer, lambda: text_keys(cross, text))
+        gates = _Gates()
         for start, stop in chunks(hidden.shape[1], self.attention.turn.chunk):
-            chunk = _Chunk(hidden[:, start:stop], own.runs(start, stop))
+            chunk = _Chunk(hidden[:, start:stop], own.runs(start, stop), gates)
             self._after_attention(chunk, _tokens(attended, start, stop), known)
         return hidden
 
@@ -140,8 +142,8 @@ class FusedBlock:
             return _product(layer, x), gate
         rows = x if isinstance(x, Fp8Rows) else self.passes.run(quantize_rows, x)
         for start, stop, vectors in chunk.runs:
-            own = None if gate is None else vectors[:, gate]
-            layer.add_of_fp8(rows.tokens(start, stop), own, chunk.hidden[:, start:stop])
+            here = chunk.hidden[:, start:stop]
+            layer.add_of_fp8(rows.tokens(start, stop), chunk.gates.of(layer, vectors, gate), here)
         return None
 
     def _normed(
@@ -207,12 +209,29 @@ class HopperBlock(FusedBlock):
         return rows
 
 
+class _Gates:
+    """The gates of a block's products, of one pass: what chunks make of them is made once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], list[Gate]] = {}
+
+    def of(self, layer: Any, vectors: Tensor, gate: int | None) -> list[Gate]:
+        """A layer's, for each video: which of a time's vectors [B, M, W], which live as long as the
+        pass; None for 1."""
+        place = id(layer), vectors.data_ptr()
+        if place not in self._known:
+            every = [None] if gate is None else vectors[:, gate]
+            self._known[place] = [Gate(values) for values in every]
+        return self._known[place]
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """Tokens of the hidden state [B, n, W], and the runs of them that share a time."""
 
     hidden: Tensor
     runs: list[tuple[int, int, Tensor]]
+    gates: _Gates = field(default_factory=_Gates)
 
 
 # What is still to be added to a chunk, and its gate's place among the time's vectors.

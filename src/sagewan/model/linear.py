@@ -1,7 +1,7 @@
 """A linear layer whose weight is quantised, and what multiplies by it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -13,7 +13,7 @@ from sagewan.attention.launch import failed, is_out_of_memory
 from sagewan.attention.resolve import Function, ImplementationError, load, name_of
 from sagewan.checkpoint.packed import FP8_DTYPES, Packed
 from sagewan.kernels.fp8_rows import Fp8Rows
-from sagewan.model.matmul import unpacked
+from sagewan.model.matmul import Gate, unpacked
 from sagewan.plan.layers import role_of
 from sagewan.plan.linear import LinearRow
 from sagewan.plan.weights import WeightsPlan
@@ -21,7 +21,7 @@ from sagewan.plan.weights import WeightsPlan
 _FIELDS = ("data", "scale", "tensor_scale", "pre_scale")
 Multiply = Callable[[Any, Packed, Tensor | None], Tensor]
 # x, weight, bias and gate, and what their product is added to.
-MultiplyAdd = Callable[[Fp8Rows, Packed, Tensor | None, Tensor | None, Tensor], None]
+MultiplyAdd = Callable[[Fp8Rows, Packed, Tensor | None, Gate, Tensor], None]
 # x, weight, bias, and what is known of the weight on each device.
 MultiplyGelu = Callable[[Fp8Rows, Packed, Tensor | None, dict[torch.device, Tensor]], Fp8Rows]
 
@@ -70,14 +70,13 @@ class QuantLinear(nn.Linear):
         """Whether there is :meth:`add_of_fp8`."""
         return self.takes_fp8 and self.multiply_add is not None
 
-    def add_of_fp8(self, x: Fp8Rows, gate: Tensor | None, into: Tensor) -> None:
+    def add_of_fp8(self, x: Fp8Rows, gates: Sequence[Gate], into: Tensor) -> None:
         """into [B, n, N] += gate·(what the layer gives for x [B, n, K]), without a tensor between;
-        gate float32 [B or 1, N] or None for 1. Tokens may lie in a longer sequence."""
+        a gate for each video, or one for all. Tokens may lie in a longer sequence."""
         assert self.multiply_add is not None
-        gates = [None] if gate is None else list(gate)
         parts = [(x.data, x.scale, gates[0], into)]
         if len(gates) > 1 or not into.is_contiguous():
-            each = gates if len(gates) > 1 else gates * len(into)
+            each = gates if len(gates) > 1 else [gates[0]] * len(into)
             parts = list(zip(x.data, x.scale, each, into, strict=True))
         for data, scale, own, here in parts:
             rows = Fp8Rows(data.view(-1, self.in_features), scale.view(-1, 1))

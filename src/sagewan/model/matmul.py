@@ -5,7 +5,7 @@ dtype. None looks at what it is given to choose another: that is the plan's work
 anything: memory that ran out is told.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,25 @@ from sagewan.checkpoint.packed import Packed, unpack
 from sagewan.errors import ShapeError
 from sagewan.kernels.fp8_rows import Fp8Rows
 from sagewan.reference import formats
+
+
+class Gate:
+    """What one layer's product is multiplied by before it is added, ``values`` float32 [N], or None
+    for 1; the same for all chunks of a video, so it is folded into the layer's scales and bias
+    once."""
+
+    def __init__(self, values: Tensor | None) -> None:
+        self.values = values
+        self._folded: tuple[Tensor, Tensor | None] | None = None
+
+    def folded(self, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The scales [N] and the bias [N] in bfloat16 of the layer, times the gate."""
+        if self._folded is None:
+            scale, values = scale.flatten(), self.values
+            if values is not None:
+                scale, bias = scale * values, None if bias is None else bias * values
+            self._folded = scale, None if bias is None else bias.to(torch.bfloat16)
+        return self._folded
 
 
 def unpacked(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -34,20 +53,17 @@ def fp8_rows_of_nvfp4(x: Tensor | Fp8Rows, packed: Packed, bias: Tensor | None) 
     return product_of_rows(_as_fp8(x), *_unpacked_e4m3(packed), bias)
 
 
-def add_fp8_rows(
-    x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Tensor | None, into: Tensor
-) -> None:
-    """into += gate·(what :func:`fp8_rows` gives), rounded once: gate float32 [N] or None for 1,
-    into bfloat16 [M, N]."""
-    _add(x, packed.data, _scale(packed), _Gated(bias, gate), into)
+def add_fp8_rows(x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Gate, into: Tensor) -> None:
+    """into += gate·(what :func:`fp8_rows` gives), rounded once; into bfloat16 [M, N]."""
+    _add(x, packed.data, gate.folded(_scale(packed), bias), into)
 
 
 def add_fp8_rows_of_nvfp4(
-    x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Tensor | None, into: Tensor
+    x: Fp8Rows, packed: Packed, bias: Tensor | None, gate: Gate, into: Tensor
 ) -> None:
     """As :func:`add_fp8_rows`, of what :func:`fp8_rows_of_nvfp4` gives."""
     weight, scale = _unpacked_e4m3(packed)
-    _add(x, weight, scale, _Gated(bias, gate), into)
+    _add(x, weight, gate.folded(scale, bias), into)
 
 
 def gelu_fp8_rows(
@@ -123,27 +139,10 @@ def product_of_rows(
     return out
 
 
-@dataclass(frozen=True)
-class _Gated:
-    """What a product's channels are given: a bias, and a gate that both are multiplied by."""
-
-    bias: Tensor | None
-    gate: Tensor | None
-
-    def scale(self, scale: Tensor) -> Tensor:
-        return scale if self.gate is None else scale * self.gate
-
-    @property
-    def added(self) -> Tensor | None:
-        if self.bias is None:
-            return None
-        return (self.bias if self.gate is None else self.bias * self.gate).to(torch.bfloat16)
-
-
-def _add(x: Fp8Rows, weight: Tensor, weight_scale: Tensor, by: _Gated, into: Tensor) -> None:
+def _add(x: Fp8Rows, weight: Tensor, by: tuple[Tensor, Tensor | None], into: Tensor) -> None:
     from sagewan.kernels.cublas_lt import add_product
 
-    add_product(x, weight, by.scale(weight_scale.flatten()), by.added, into)
+    add_product(x, weight, *by, into)
 
 
 def _gelu(

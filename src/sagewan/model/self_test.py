@@ -11,6 +11,7 @@ from sagewan.attention.resolve import ImplementationError, load, one_line
 from sagewan.checkpoint.packed import Packed, unpack
 from sagewan.checkpoint.quantize import pack
 from sagewan.kernels.fp8_rows import Fp8Rows
+from sagewan.model.matmul import Gate
 from sagewan.plan.evidence import SelfTest
 from sagewan.plan.hardware import Device
 from sagewan.plan.linear import LinearRow
@@ -92,7 +93,7 @@ def _error_added(
     gate = torch.linspace(-2, 2, len(bias), device=x.device)
     before = torch.ones_like(exact) * exact.norm(dim=1, keepdim=True) / exact.shape[1] ** 0.5
     into = before.to(x.dtype)
-    load(replace(row, call=row.adds))(rows, packed, bias, gate, into)
+    load(replace(row, call=row.adds))(rows, packed, bias, Gate(gate), into)
     return _of_rows(into.double(), before.to(x.dtype).double() + gate.double() * exact)
 
 

@@ -207,3 +207,27 @@ def test_the_keys_of_a_mask_come_in_their_own_order() -> None:
     )
     # Products of fewer rows at a time may end in another bit.
     assert relative_error(found, listed) < 1e-5 < 1e-4 < relative_error(free, listed)
+
+
+def under_a_peak(queries: int, keys: int) -> Inputs:
+    """Keys alike, but for one a query, 12 natural units above the others, which weigh as much."""
+    q, k, v = normal(1, 1, queries, 128), normal(1, 1, keys, 128, seed=1), normal(1, 1, keys, 128)
+    q *= 0.7
+    k[0, 0, :queries] = 12 * 128**0.5 * q[0, 0] / q[0, 0].square().sum(1, keepdim=True)
+    return q, k, v + 0.5
+
+
+def test_headroom_is_not_taken_from_what_lies_far_below_a_peak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q, k, v = under_a_peak(4, 20_000)
+    exact = attention(q, k, v)
+
+    def error(headroom: int) -> float:
+        options = {"block_m": 64, "block_n": 128, "rounded_sums": True, "own_place": True}
+        found = run("sageattn_3_fp8", q, k, v, **options, headroom=headroom)
+        return relative_error(found, exact)
+
+    assert error(2) < 1.05 * error(0)
+    monkeypatch.setattr(emulation, "_LEAP", torch.inf)
+    assert error(2) > 1.4 * error(0)

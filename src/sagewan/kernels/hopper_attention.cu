@@ -1,6 +1,6 @@
 // Attention on Hopper (compute capability 9.0): INT8 Q·Kᵀ, and P·V in FP8 e4m3 or 16 bit.
 //
-// A block has one warp that copies tiles, one that prepares where scores start, and WARPGROUPS
+// A block has one warp that copies tiles, three that prepare where scores start, and WARPGROUPS
 // warpgroups that compute, each for 64 query rows and all the keys, 128 at a time.
 //
 // Scores stay integers until the exponential. The accumulator of Q·Kᵀ starts at the bits of
@@ -14,7 +14,7 @@
 // A scheduler gives out an instruction in two to four cycles, and that, not the tensor cores nor the
 // exponentials, is what a step takes: so each of a step's instructions counts. A stage holds all that
 // a step's products take, so that one barrier tells that it is there, one that it is free, and one
-// place tells the rest; what only the key's scale decides is prepared by a warp that has time.
+// place tells the rest; what only the key's scale decides is prepared by warps that have time.
 //
 // Where all scores of a step are so far below their rows' maxima that P is zero in e4m3 for a whole
 // warpgroup, neither exponentials nor the product with V are taken. Queries begin with the keys at
@@ -36,6 +36,8 @@ constexpr float BASE = 12582912.0f;  // 1.5·2²³
 // Up to here the exponent's offset, BASE times it, is exact to a hundredth.
 constexpr float MOST_FACTOR = 0.0078125f;
 constexpr int LOWEST = 0xff800000;   // minus infinity; below every score as an integer, too
+// Warps that prepare, each another step: one alone would wait for its loads longer than a step takes.
+constexpr int PREPARERS = 3;
 // What 384 threads may share of a multiprocessor's registers.
 constexpr int COPY_REGISTERS = 24, COMPUTE_REGISTERS = 240;
 constexpr bool FP8 = V_FORMAT == 0;  // 0: e4m3, 1: bfloat16, 2: float16
@@ -49,9 +51,10 @@ constexpr int Q_BYTES = ROWS * CHANNELS;
 constexpr int SUMS = FP8 ? 68 : 64;  // accumulators of P·V a thread
 // The FP8 product adds in 14 bits: after so many steps its sums go to the output, in float32.
 constexpr int STEPS_OF_SUMS = 4;
-// A maximum rises only where a score is above it by so many powers of two; P of the maximum itself
-// is by so many smaller than the largest, which leaves it exact.
-constexpr float HEADROOM = FP8 ? 2.0f : 0.0f;
+// Where a row's maximum rises by less than LEAP, P is relative to so many powers of two above it, so
+// that most later maxima are below that; P of the maximum itself stays exact. A peak takes P's whole
+// range: what lies far below it, many keys, may weigh as much.
+constexpr float HEADROOM = FP8 ? 2.0f : 0.0f, LEAP = 4.0f;
 // Where P's products begin with half of the keys, while the other half's exponentials are made.
 constexpr bool IN_HALVES = !FP8;
 // P under 2⁻¹⁰, half of the least of e4m3, is rounded to zero.
@@ -401,17 +404,17 @@ __device__ __forceinline__ void copy(Shared &shared, const Arguments &a, const T
     }
 }
 
-// ---- The preparing warp ------------------------------------------------------------------------
+// ---- The preparing warps -----------------------------------------------------------------------
 
 // Where each key's scores start, and what a score is worth. Keys beyond the last start at minus
 // infinity: theirs are rows of zeros, so they stay there.
 __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int head, int key_head,
                                         const Visit &visit) {
-    int lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32, first = threadIdx.x / 32 - 1;
     const float *bias = a.k_bias ? a.k_bias + i64(head) * a.keys_padded : nullptr;
     const float *k_scale = a.k_scale + i64(key_head) * a.keys_padded;
     const float *q_scale = a.q_scale + i64(head) * a.count_padded;
-    for (int step = 0; step < visit.steps; ++step) {
+    for (int step = first; step < visit.steps; step += PREPARERS) {
         Stage &stage = shared.stages[step % STAGES];
         int parity = step / STAGES & 1, key = visit[step] * KEYS + lane * 4;
         float of_keys = k_scale[key];  // a lane's four keys share it
@@ -445,7 +448,7 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
         if (lane == 0) arrive(stage.full);
     }
     // The last stage has values alone.
-    if (visit.steps && lane == 0) {
+    if (visit.steps && visit.steps % PREPARERS == first && lane == 0) {
         Stage &stage = shared.stages[visit.steps % STAGES];
         wait(stage.free, visit.steps / STAGES & 1 ^ 1);
         arrive(stage.full);
@@ -563,7 +566,7 @@ __device__ __forceinline__ void raise(float (&largest)[2], Rows &rows, float (&s
     for (int row = 0; row < 2; ++row) {
         float limit = rows.limit[row];
         float above = largest[row] - LOG2_P_MAX;
-        if (above > limit) limit = above + HEADROOM;
+        if (above > limit) limit = above + (above - limit <= LEAP ? HEADROOM : 0.0f);
         rescale[row] = exp2_of(rows.limit[row] - limit);
         rows.limit[row] = limit;
         if (FP8) rows.kept[row] *= rescale[row]; else rows.total[row] *= rescale[row];
@@ -902,7 +905,7 @@ extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)
     Visit visit(a, head, blockIdx.x);
     if (threadIdx.x < 128) {
         give_registers<COPY_REGISTERS>();
-        if (threadIdx.x >= 32 && threadIdx.x < 64) prepare(shared, a, head, key_head, visit);
+        if (threadIdx.x >= 32) prepare(shared, a, head, key_head, visit);
         if (threadIdx.x == 0) copy(shared, a, q_map, k_map, v_map, head, key_head, visit);
     } else {
         take_registers<COMPUTE_REGISTERS>();

@@ -15,7 +15,6 @@ row without any is zero. Inputs are never changed.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,8 @@ from sagewan.reference.attention import BLOCK
 _SCORES = 2**24
 # Below every score, and far from the end of float32.
 _LOWEST = -1e30
+# A score so many powers of two above all before it is a peak: what is far below it is to count too.
+_LEAP = 4.0
 
 Round = Callable[[Tensor], Tensor]
 Result = Tensor | tuple[Tensor, Tensor]
@@ -51,8 +52,9 @@ class _Prepared:
 class _Walk:
     """How queries and keys are walked through: by so many rows and keys, and past the blocks that
     the mask leaves out; ``allowed`` [B or 1, H or 1, rows, ⌈M/128⌉] is the mask of some rows. With
-    ``own_place`` and no mask, from the keys at the place of each ``BLOCK`` queries on, ``first``. A
-    row's maximum rises only where a score is more than ``headroom`` powers of two above it.
+    ``own_place`` and no mask, from the keys at the place of each ``BLOCK`` queries on, ``first``. P
+    is relative to a limit of its row's scores, which rises where one is above it: to that score
+    and, unless it is above by more than ``_LEAP``, ``headroom`` powers of two more.
     """
 
     block_m: int
@@ -151,15 +153,14 @@ def sageattn_3_fp8(
     """Q·Kᵀ as :func:`sageattn_3`, but for how keys are rounded; P·V in e4m3, P times 448 and V
     scaled per channel. ``rounded_sums`` divides by the sums of P as rounded;
     ``own_place`` begins with the keys at the place of each 128 queries, if no mask lists them;
-    a row's maximum rises only where a score is more than ``headroom`` powers of two above it, and P
-    is so much smaller than 448."""
+    where a row's maximum rises little by little, P is relative to ``headroom`` powers of two above
+    it."""
     scaled = _scale(q, scale)
     values = formats.e4m3_per_channel(v).value()
     operands = _fine_int8(scaled, k, values, block_m, (rows_per_scale, keys_per_scale))
-    round_p = partial(_p_e4m3, largest=2.0**headroom)
+    sums = _p_e4m3 if rounded_sums else None
     walk = _Walk(block_m, block_n, block_mask, own_place=own_place, headroom=headroom)
-    sums = round_p if rounded_sums else None
-    result = _online_softmax(operands, round_p, walk, round_sum=sums)
+    result = _online_softmax(operands, _p_e4m3, walk, round_sum=sums)
     return _finish(q, k, scaled, result, return_lse)
 
 
@@ -242,10 +243,9 @@ def _sixteen_bit(q: Tensor) -> Round:
     return lambda x: x.to(dtype).float()
 
 
-def _p_e4m3(p: Tensor, largest: float = 1.0) -> Tensor:
-    # Up to 448 it uses the whole range and small probabilities don't underflow.
-    factor = formats.E4M3_MAX / largest
-    return formats.e4m3(p * factor) / factor
+def _p_e4m3(p: Tensor) -> Tensor:
+    # P is at most 1: times 448 it uses the whole range and small probabilities don't underflow.
+    return formats.e4m3(p * formats.E4M3_MAX) / formats.E4M3_MAX
 
 
 def _p_nvfp4(p: Tensor) -> Tensor:
@@ -294,7 +294,8 @@ def _rows_of_output(
             scores += correction.repeat_interleave(walk.block_m, -2)[..., : q.shape[-2], :]
         scores = walk.masked(scores, start)
         found = scores.amax(-1, keepdim=True)
-        new_highest = torch.where(found > highest + walk.headroom, found, highest)
+        room = torch.where(found - highest <= _LEAP, walk.headroom, 0)
+        new_highest = torch.where(found > highest, found + room, highest)
         # Minus infinity where a row has attended to nothing yet, and no number to subtract.
         base = new_highest.clamp(min=_LOWEST)
         rescale = torch.exp2(highest - base)

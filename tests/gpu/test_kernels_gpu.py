@@ -61,6 +61,24 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tenso
     return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
 
 
+def blocks_of(name: str) -> dict[str, object]:
+    """What the emulation of a row's kernel is to be told: its blocks, and whose scales are one."""
+    from sagewan.kernels import fp4_attention, fp8_attention, int8_attention
+
+    if name.endswith("_hopper"):
+        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "keys_per_scale": 64}
+        fp8 = {"keys_per_scale": 128, "rounded_sums": True, "own_place": True, "headroom": 2}
+        return blocks | (fp8 if name == "sageattn_3_fp8_hopper" else {})
+    major, minor = torch.cuda.get_device_capability()
+    sm = 10 * major + minor
+    if name == "sageattn_3_fp4":
+        return {"block_n": fp4_attention.tile_for(sm, 128).block_n}
+    module = fp8_attention if name == "sageattn_3_fp8" else int8_attention
+    tile = module.tile_for(sm, 128)
+    scales = {"rows_per_scale": tile.block_m, "keys_per_scale": max(64, tile.block_n)}
+    return {"block_m": tile.block_m, "block_n": tile.block_n, **scales}
+
+
 @pytest.mark.parametrize("family", ["bias", "local"])
 def test_error_is_within_the_modes_class(name: str, mode: str, family: str) -> None:
     q, k, v = bench.inputs(family, (1, 4, 32768), "cuda")
@@ -83,8 +101,6 @@ def test_kernel_is_its_emulation(
     key_heads: int,
     size: int,
 ) -> None:
-    from sagewan.kernels import fp4_attention, fp8_attention
-
     if size not in row_named(f"sagewan.{name}").head_dims:
         pytest.skip("another size than the row takes")
     q = 1.5 * normal(2, heads, queries, size, seed=1, dtype=dtype)
@@ -92,17 +108,7 @@ def test_kernel_is_its_emulation(
     k = k + 3 * normal(1, key_heads, 1, size, seed=3, dtype=dtype)
     v = normal(2, key_heads, keys, size, seed=4, dtype=dtype)
     out, lse = run(name)(q, k, v, return_lse=True)
-    major, minor = torch.cuda.get_device_capability()
-    tiles = {"sageattn_3_fp8": fp8_attention.tile_for, "sageattn_3_fp4": fp4_attention.tile_for}
-    step = tiles[mode](10 * major + minor, 128).block_n if mode in tiles else 64
-    blocks: dict[str, object] = {"block_n": step}
-    if name == "sageattn_hopper":
-        blocks = {"block_m": 64, "block_n": 128, "keys_per_scale": 64}
-    elif name == "sageattn_3_hopper":
-        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "keys_per_scale": 64}
-    elif name == "sageattn_3_fp8_hopper":
-        blocks = {"block_m": 64, "block_n": 128, "rows_per_scale": 64, "keys_per_scale": 128}
-        blocks |= {"rounded_sums": True, "own_place": True, "headroom": 2}
+    blocks = blocks_of(name)
     # The emulation rounds its output too: compared before that, in float32.
     wide = (x.float() for x in (q, k, v))
     same = getattr(emulation, mode)(*wide, **blocks) if dtype == torch.float16 else None

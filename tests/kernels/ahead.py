@@ -14,6 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sagewan.kernels import (
     fp4_attention,
@@ -138,6 +139,9 @@ def build(launch: Launch, sm: int) -> Built:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[index,] = _TYPES[value.dtype], _DIVISIBLE
+        elif isinstance(value, TensorDescriptor):
+            kind = _TYPES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{list(value.block_shape)}>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sagewan.kernels import hopper_attention as hopper
 from sagewan.kernels.hopper_attention import Form
-from sagewan.kernels.int8_attention import LOG2E
 from sagewan.kernels.prepared import PADDING, Columns, Prepared, Rows
+from sagewan.kernels.query_key import LOG2E
 from sagewan.reference import formats
 
 HERE = Path(__file__).parent

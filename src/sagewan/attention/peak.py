@@ -15,7 +15,7 @@ _OPERATIONS_PER_SCORE = 4 * 128
 def bits_of(arithmetic: str) -> int:
     """The bits of a row's product, from its words.
 
-    >>> [bits_of(words) for words in ("16 bit", "int8 per token", "fp8 e4m3", "nvfp4", "fp16")]
+    >>> [bits_of(words) for words in ("16 bit", "int8 per block", "fp8 e4m3", "nvfp4", "fp16")]
     [16, 8, 8, 4, 16]
     """
     if "fp4" in arithmetic:

@@ -20,9 +20,9 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 _NEIGHBOURS = 64
 
 # Twice the worst that the formats of a class cost on these very problems, emulated (bias, local):
-# 16 bit .0018, .0017; finely scaled INT8 with 16-bit P·V .0068, .0065; INT8 with FP8 P·V .017,
-# .028; NVFP4 .11, .15. Short sequences cost most: few keys to average over. Noise is above 1.
-# That is at head size 128, Wan's; fewer channels cost more, 16 of them up to .87 of a limit.
+# 16 bit .0018, .0017; INT8, smoothed and rotated, with 16-bit P·V .0076, .0056; INT8 with FP8 P·V
+# .017, .028; NVFP4 .11, .15. Short sequences cost most: few keys to average over. Noise is above 1.
+# That is at head size 128, Wan's; fewer channels cost more, 8 of them up to .93 of a limit.
 LIMITS: Mapping[str, Mapping[Quality, float]] = MappingProxyType(
     {
         "bias": {

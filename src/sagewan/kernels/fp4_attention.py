@@ -18,16 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sagewan.kernels.fp4 import nvfp4, unpacked
-from sagewan.kernels.int8_attention import (
-    LOG2E,
-    lists,
-    normalised,
-    outputs,
-    store_lse,
-    store_output,
-)
+from sagewan.kernels.int8_attention import lists, outputs
 from sagewan.kernels.key_blocks import BLOCK, key_of, walk
 from sagewan.kernels.launch import VARYING, Tile, check, compute_capability, launch, strided
+from sagewan.kernels.online import normalised, store_lse, store_output
 from sagewan.kernels.operators import operator
 from sagewan.kernels.prepare_fp4 import (
     block_d_of,
@@ -38,6 +32,7 @@ from sagewan.kernels.prepare_fp4 import (
     is_native,
 )
 from sagewan.kernels.prepared import PreparedFp4, Smoothing
+from sagewan.kernels.query_key import LOG2E
 from sagewan.kernels.sequence import mean
 
 _BLOCK = tl.constexpr(BLOCK)

@@ -19,26 +19,24 @@ from torch import Tensor
 
 from sagewan.errors import ShapeError
 from sagewan.kernels.fp8_attention import E4M3_MAX
-from sagewan.kernels.int8_attention import LOG2E, lists, outputs
+from sagewan.kernels.int8_attention import lists, outputs
 from sagewan.kernels.launch import block_of, check
 from sagewan.kernels.nvrtc import Kernel, tensor_map
 from sagewan.kernels.operators import operator
-from sagewan.kernels.prepare import Recipe, e4m3_columns, int8_rows
+from sagewan.kernels.prepare import e4m3_columns
 from sagewan.kernels.prepared import Columns, Prepared, Rows
-from sagewan.kernels.sequence import mean
+from sagewan.kernels.query_key import Grain, plain, smoothed, whole
 
 SOURCE = "hopper_attention.cu"
-ROWS_PER_SCALE = 64
 # The head size inside the kernel.
 CHANNELS = 128
 _KEYS, _WARPGROUPS = 128, 2
+# In FP8 all the keys of a step share a scale, so that there is less to do in it.
+_GRAIN, _GRAIN_FP8 = Grain(), Grain(keys=_KEYS)
 _ROWS = 64 * _WARPGROUPS
 
 _THREADS = 128 * (_WARPGROUPS + 1)
 _V_FORMATS = {torch.float8_e4m3fn: 0, torch.bfloat16: 1, torch.float16: 2}
-# A score and a key's bias are counted in the same integer, which holds 2²² of either sign: scores
-# reach 127²·128 < 2²¹, and so may the bias.
-_MOST_BIAS = 2.0**21
 
 
 def _aligned(size: int) -> int:
@@ -51,7 +49,7 @@ class Form:
     """One form of the kernel: V's format, and how many keys share a scale."""
 
     v_dtype: torch.dtype
-    keys_per_scale: int = ROWS_PER_SCALE
+    keys_per_scale: int = _GRAIN.keys
 
     @property
     def stages(self) -> int:
@@ -143,12 +141,8 @@ def prepare_sageattn(
     :func:`sagewan.kernels.int8_attention.prepare_sageattn`'s. V is copied if its channels are
     not adjacent in memory or its rows do not begin at multiples of 16 bytes."""
     _check(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k_mean = mean(k) if k_mean is None else k_mean
-    keys = int8_rows(k, Recipe(block=ROWS_PER_SCALE), minus=k_mean)
-    recipe = Recipe(block=ROWS_PER_SCALE, factor=scale * LOG2E, dot_factor=scale)
-    queries = int8_rows(q, recipe, other=k_mean if with_lse else None)
-    return _prepared(q, k, queries, keys, _copyable(v))
+    rows = plain(q, k, scale, _GRAIN, k_mean=k_mean, with_lse=with_lse)
+    return whole(q, k, rows, _copyable(v))
 
 
 def prepare_sageattn_3(
@@ -162,8 +156,8 @@ def prepare_sageattn_3(
 ) -> Prepared[Rows, Tensor]:
     """The first half of :func:`sageattn_3`; arguments as :func:`prepare_sageattn`'s."""
     _check(q, k, v)
-    queries, keys = _smoothed(q, k, scale, k_mean, with_lse=with_lse, along=True)
-    return _prepared(q, k, queries, keys, _copyable(v))
+    rows = smoothed(q, k, scale, _GRAIN, k_mean=k_mean, with_lse=with_lse, along=True)
+    return whole(q, k, rows, _copyable(v))
 
 
 def prepare_sageattn_3_fp8(
@@ -179,46 +173,8 @@ def prepare_sageattn_3_fp8(
     _check(q, k, v)
     # The longest first: while it runs, the small ones are launched.
     columns = e4m3_columns(v, E4M3_MAX)
-    queries, keys = _smoothed(q, k, scale, k_mean, with_lse=with_lse, along=False)
-    return _prepared(q, k, queries, keys, columns)
-
-
-def _smoothed(
-    q: Tensor,
-    k: Tensor,
-    scale: float | None,
-    k_mean: Tensor | None,
-    *,
-    with_lse: bool,
-    along: bool,
-) -> tuple[Rows, Rows]:
-    """Q and K smoothed and rotated; ``along`` is how keys are rounded."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q_mean, k_mean = mean(q), mean(k) if k_mean is None else k_mean
-    # With one scale for all the keys of a step there is less to do in it.
-    block = ROWS_PER_SCALE if along else _KEYS
-    for_keys = Recipe(
-        block=block, rotate=True, dot_factor=scale * LOG2E, smoothed=True, along=along
-    )
-    keys = int8_rows(k, for_keys, minus=k_mean, other=q_mean)
-    recipe = Recipe(rotate=True, factor=scale * LOG2E, dot_factor=scale)
-    queries = int8_rows(
-        q,
-        recipe,
-        minus=q_mean,
-        other=k_mean if with_lse else None,
-        lowest=lowest_scale(keys),
-    )
-    return queries, keys
-
-
-def lowest_scale(keys: Rows) -> Tensor:
-    """[B, H] float32: with smaller scales of Q, a key's bias would not fit beside its scores."""
-    assert keys.dots is not None
-    batch, heads, count = keys.dots.shape
-    steps = keys.dots.view(batch, keys.scale.shape[1], -1, count) / keys.scale.unsqueeze(2)
-    most: Tensor = torch.linalg.vector_norm(steps, torch.inf, -1)
-    return most.view(batch, heads) / _MOST_BIAS
+    rows = smoothed(q, k, scale, _GRAIN_FP8, k_mean=k_mean, with_lse=with_lse, along=False)
+    return whole(q, k, rows, columns)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -231,18 +187,6 @@ def _copyable(v: Tensor) -> Tensor:
     """V as the copy engine can read it."""
     aligned = v.data_ptr() % 16 == 0 and all(s * v.element_size() % 16 == 0 for s in v.stride()[:3])
     return v if aligned and v.stride(3) == 1 else v.contiguous()
-
-
-def _prepared(q: Tensor, k: Tensor, queries: Rows, keys: Rows, v: Any) -> Prepared[Rows, Any]:
-    return Prepared(
-        q=queries,
-        k=keys,
-        v=v,
-        queries=q.shape[2],
-        keys=k.shape[2],
-        head_dim=q.shape[3],
-        dtype=q.dtype,
-    )
 
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong

@@ -19,12 +19,12 @@ from torch import Tensor
 from sagewan.errors import ShapeError
 from sagewan.kernels.fp8_attention import E4M3_MAX
 from sagewan.kernels.fp8_linear import cut, load_part
-from sagewan.kernels.hopper_attention import CHANNELS, ROWS_PER_SCALE, lowest_scale
-from sagewan.kernels.int8_attention import LOG2E
+from sagewan.kernels.hopper_attention import CHANNELS
 from sagewan.kernels.launch import VARYING, Schedule, launch
 from sagewan.kernels.nvrtc import Kernel
 from sagewan.kernels.prepare import Recipe, e4m3_columns
 from sagewan.kernels.prepared import PADDING, Columns, Prepared, Rows
+from sagewan.kernels.query_key import LOG2E, ROWS_PER_SCALE, lowest_scale
 from sagewan.kernels.sequence import stride_of
 
 SOURCE = "hopper_prepare.cu"

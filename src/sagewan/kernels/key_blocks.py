@@ -105,3 +105,12 @@ def key_of(blocks, place, position, BLOCK_N: tl.constexpr, SIZE: tl.constexpr = 
         # Else columns of V are read byte by byte: the compiler does not see this through the list.
         position = tl.multiple_of(position, BLOCK_N)
     return position
+
+
+@triton.jit
+def any_key_of(blocks, place, position, whole, tail, BLOCK_N: tl.constexpr):
+    """As :func:`key_of`, with the partial block's keys after the ``whole`` blocks'."""
+    start = tail + position - whole
+    if position < whole:
+        start = key_of(blocks, place, position, BLOCK_N)
+    return start

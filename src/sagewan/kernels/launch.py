@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sagewan.errors import ShapeError
 
@@ -33,10 +34,24 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Tile(Schedule):
-    """How an attention kernel is cut: a block's query rows, and the keys of each of its steps."""
+    """How an attention kernel is cut: a block's query rows, and the keys of each of its steps.
+    ``tma``: tiles of K and V are copied by the tensor memory accelerator. ``ahead``: the biases of
+    the next step's keys are read a step early, where registers suffice."""
 
     block_m: int
     block_n: int
+    tma: bool = False
+    ahead: bool = True
+
+
+def copied(x: Tensor, tile: tuple[int, ...]) -> TensorDescriptor | None:
+    """x as the tensor memory accelerator copies tiles of it, or None if it can't: its last
+    dimension must be contiguous, the others begin at multiples of 16 bytes."""
+    if x.stride(-1) != 1 or x.data_ptr() % 16:
+        return None
+    if any(stride * x.element_size() % 16 for stride in x.stride()[:-1]):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile))
 
 
 def launch(

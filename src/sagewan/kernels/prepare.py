@@ -37,22 +37,25 @@ _MAX_ROTATION = 128
 _SCHEDULE = Schedule(warps=8)
 # Two blocks of 256 threads share a multiprocessor.
 _AHEAD = Schedule(warps=8, stages=3, registers=128)
+# Rows of so many that eight warps could not hold them; and where products come from a memory of
+# their own, since with fewer warps Triton 3.6 and 3.7 fail to find the largest value of a block.
+_WIDE = Schedule(warps=16, registers=128)
+_ROTATED_APART_SMS = (100, 103)
 # 1.5·2²³: a float32 this large has no fraction, so adding it rounds to the nearest even integer.
 _ROUND = tl.constexpr(12582912.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How :func:`int8_rows` treats a tensor. All the rows of a block share a scale unless
-    ``per_token``; ``factor`` multiplies what is quantised, and ``dot_factor`` the dots, which are
-    of the smoothed rows if ``smoothed``, else of the rows as they came.
+    """How :func:`int8_rows` treats a tensor. The rows of a block share a scale; ``factor``
+    multiplies what is quantised, and ``dot_factor`` the dots, which are of the smoothed rows if
+    ``smoothed``, else of the rows as they came.
 
     ``along``: rows are rounded so that their error has little along themselves. A key that a query
     attends to is one that is like it, so that is the part of the error that its score would show.
     """
 
     block: int = _ROWS
-    per_token: bool = False
     rotate: bool = False
     factor: float = 1.0
     dot_factor: float = 1.0
@@ -82,10 +85,11 @@ def int8_rows(
     rows = Rows(
         data=x.new_empty(batch, heads, padded, block, dtype=torch.int8),
         scale=x.new_empty(batch, heads, padded, dtype=torch.float32),
-        rows_per_scale=1 if recipe.per_token else recipe.block,
+        rows_per_scale=recipe.block,
         dots=dots,
     )
-    many = count >= SAMPLED_FROM and compute_capability(x.device) in _PLENTY_SMS
+    sm = compute_capability(x.device)
+    many = count >= SAMPLED_FROM and sm in _PLENTY_SMS
     blocks = (_MANY_BLOCKS if many else _BLOCKS) if recipe.rotate else 1
     arguments = {
         **strided("x", x),
@@ -106,7 +110,6 @@ def int8_rows(
         "ROTATION": min(_MAX_ROTATION, size & -size) if recipe.rotate else 0,
         "SMOOTHED": recipe.smoothed,
         "WIDTH": min(_MAX_ROTATION, block),
-        "PER_TOKEN": recipe.per_token,
         "ALONG": recipe.along,
         "BLOCKS": blocks,
         "BLOCK_R": recipe.block,
@@ -114,6 +117,8 @@ def int8_rows(
     }
     grid = (triton.cdiv(padded // recipe.block, blocks), batch * heads, 1)
     launch = _launch_many_rows if blocks == _MANY_BLOCKS else _launch_rows
+    if recipe.block > _ROWS or (recipe.rotate and sm in _ROTATED_APART_SMS):
+        launch = _launch_wide_rows
     launch(None, grid, x.device, arguments)
     return rows
 
@@ -212,7 +217,7 @@ def _int8_rows_kernel(
     dots,  # [B·max(H, Ho), N'] float32, or None
     heads, count, padded, size, factor, dot_factor,
     EACH: tl.constexpr, SHARED: tl.constexpr, ROTATION: tl.constexpr, SMOOTHED: tl.constexpr,
-    WIDTH: tl.constexpr, PER_TOKEN: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, ALONG: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -255,9 +260,8 @@ def _int8_rows_kernel(
             values *= ROTATION**-0.5
         values *= factor
         top = tl.max(tl.abs(values), 1)
-        if not PER_TOKEN:
-            top = tl.zeros_like(top) + tl.max(top, 0)
-        # Rows of zeros, and those so small that their scale would vanish, are stored as zeros.
+        top = tl.zeros_like(top) + tl.max(top, 0)
+        # Zeros, and values so small that their scale would vanish, are stored as zeros.
         scale = tl.maximum(top, 1e-30) / 127.0
         if lowest is not None:
             scale = tl.maximum(scale, tl.load(lowest + head))
@@ -296,4 +300,5 @@ def _e4m3_columns_kernel(
 # as long again.
 _launch_rows = Repeated(_int8_rows_kernel, _SCHEDULE)
 _launch_many_rows = Repeated(_int8_rows_kernel, _AHEAD)
+_launch_wide_rows = Repeated(_int8_rows_kernel, _WIDE)
 _launch_columns = Repeated(_e4m3_columns_kernel, _SCHEDULE)

@@ -59,7 +59,7 @@ _MODES = (
     ),
     Mode(
         name="sageattn_3",
-        qk="int8, fine scales",
+        qk="int8 per block",
         pv="16 bit",
         preparation="Q and K smoothed, orthogonal rotation",
         quality=Quality.EXCELLENT,
@@ -68,7 +68,7 @@ _MODES = (
     ),
     Mode(
         name="sageattn_3_fp8",
-        qk="int8, fine scales",
+        qk="int8 per block",
         pv="fp8 e4m3, two-level accumulation",
         preparation="Q and K smoothed, orthogonal rotation, V per channel",
         quality=Quality.VERY_GOOD,

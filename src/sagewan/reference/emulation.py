@@ -94,17 +94,18 @@ def sageattn(
     scale: float | None = None,
     block_m: int = 128,
     block_n: int = 64,
-    keys_per_scale: int | None = None,
+    rows_per_scale: int = 128,
+    keys_per_scale: int = 64,
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Result:
-    """INT8 Q·Kᵀ with a scale per block, K minus its mean, 16-bit P·V. ``keys_per_scale`` is
-    ``block_n`` unless given."""
+    """INT8 Q·Kᵀ, K minus its mean, 16-bit P·V. ``rows_per_scale`` rows of Q and
+    ``keys_per_scale`` keys share a scale."""
     scaled, smooth = _scale(q, scale), _minus_mean(k)
     sixteen = _sixteen_bit(q)
     operands = _Prepared(
-        q=formats.int8(scaled, block_m).value(),
-        k=formats.int8(smooth, keys_per_scale or block_n).value(),
+        q=formats.int8(scaled, rows_per_scale).value(),
+        k=formats.int8(smooth, keys_per_scale).value(),
         v=sixteen(v),
         k_exact=smooth,
     )
@@ -120,13 +121,13 @@ def sageattn_3(
     scale: float | None = None,
     block_m: int = 128,
     block_n: int = 64,
-    rows_per_scale: int = 1,
-    keys_per_scale: int = 1,
+    rows_per_scale: int = 128,
+    keys_per_scale: int = 64,
     return_lse: bool = False,
     block_mask: Tensor | None = None,
 ) -> Result:
-    """Finely scaled INT8 Q·Kᵀ, Q and K smoothed and rotated, 16-bit P·V. ``rows_per_scale`` rows
-    of Q and ``keys_per_scale`` keys share a scale."""
+    """As :func:`sageattn`, Q smoothed too, both rotated, and keys rounded with little error along
+    themselves."""
     scaled, sixteen = _scale(q, scale), _sixteen_bit(q)
     shared = (rows_per_scale, keys_per_scale)
     operands = _fine_int8(scaled, k, sixteen(v), block_m, shared, along=True)
@@ -142,8 +143,8 @@ def sageattn_3_fp8(
     scale: float | None = None,
     block_m: int = 128,
     block_n: int = 64,
-    rows_per_scale: int = 1,
-    keys_per_scale: int = 1,
+    rows_per_scale: int = 128,
+    keys_per_scale: int = 64,
     rounded_sums: bool = False,
     own_place: bool = False,
     headroom: int = 0,

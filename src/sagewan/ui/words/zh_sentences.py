@@ -210,8 +210,6 @@ ZH_SENTENCES: Mapping[str, str] = {
     "picture encoder": "图片编码器",
     "16 bit": "16 位",
     "int8 per block": "INT8（每块）",
-    "int8 per token": "INT8（每词元）",
-    "int8, fine scales": "INT8（细粒度）",
     "fp8 e4m3": "FP8 e4m3",
     "fp8 e4m3, two-level accumulation": "FP8 e4m3（两级累加）",
     "nvfp4 (e2m1, one e4m3 scale per 16)": "NVFP4（e2m1，每 16 个一个 e4m3 缩放）",

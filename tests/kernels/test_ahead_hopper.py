@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from sagewan.kernels import hopper_attention, hopper_prepare
+from sagewan.kernels import gelu_product, hopper_attention, hopper_prepare
 from sagewan.kernels.hopper_attention import Form
 
 pytest.importorskip(
@@ -38,10 +38,15 @@ def built(form: Form) -> Compiled:
 
 @cache
 def instructions(form: Form, folder: Path) -> tuple[str, ...]:
-    """The kernel's machine code, an instruction a line, as Triton's own disassembler prints it."""
+    """The attention kernel's machine code, an instruction a line."""
+    return disassembled(built(form), folder)
+
+
+def disassembled(made: Compiled, folder: Path) -> tuple[str, ...]:
+    """Machine code, an instruction a line, as Triton's own disassembler prints it."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     file = folder / "kernel.cubin"
-    file.write_bytes(built(form).code)
+    file.write_bytes(made.code)
     program = str(tool) if tool.exists() else shutil.which("cuobjdump")
     if program is None:
         pytest.skip("no disassembler")
@@ -92,3 +97,14 @@ def test_the_preparation_of_projections_compiles(dtype: torch.dtype) -> None:
     spilled = re.search(r"(\d+) bytes spill stores", made.log)
     assert spilled
     assert int(spilled[1]) <= 128
+
+
+def test_the_product_before_gelu_keeps_its_sums_in_registers(tmp_path: Path) -> None:
+    made = compile_source(gelu_product.SOURCE, "sm_90a", gelu_product.FORM.defines())
+    assert "0 bytes spill stores, 0 bytes spill loads" in made.log
+    # The assembler would say so if it made products wait for one another.
+    assert "wgmma" not in made.log
+    assert gelu_product.FORM.shared_bytes <= 227 * 1024
+    products = [line for line in disassembled(made, tmp_path) if "GMMA" in line]
+    assert products
+    assert all("QGMMA.64x256x32.F32.E4M3.E4M3" in line for line in products)

@@ -601,7 +601,7 @@ template <int BEGIN, int END>
 __device__ __forceinline__ void exponentials(int (&s)[64], u32 *p, float (&offset)[2][SCALES],
                                              const float (&factor)[SCALES], Rows &rows,
                                              const int4 *starts, int zero) {
-    constexpr int APART = 4, EVERY = 2;
+    constexpr int APART = SCALES == 2 ? 2 : 4, EVERY = SCALES == 2 ? 1 : 2;  // as measured best
 #pragma unroll
     for (int i = BEGIN; i < END; i += 8) {
         int part = i / (64 / SCALES);

@@ -37,15 +37,15 @@ def test_it_is_kept_and_found_again(tmp_path: Path) -> None:
     assert find_calibration(tmp_path / "other") is None
 
 
-def test_the_one_beside_the_weights_comes_first(tmp_path: Path) -> None:
+def test_what_came_with_the_weights_serves_until_they_are_measured_here(tmp_path: Path) -> None:
     file, folder = tmp_path / "wan2.1.safetensors", tmp_path / "wan2.2"
     file.touch()
     folder.mkdir()
     for transformer, name in ((file, "wan2.1.safetensors"), (folder, "wan2.2.safetensors")):
-        write_calibration(place_of(transformer), {Q: torch.ones(1, 4)})
-        assert find_calibration(transformer) == place_of(transformer)
         write_calibration(tmp_path / "inputs" / name, {Q: torch.ones(1, 4)})
         assert find_calibration(transformer) == tmp_path / "inputs" / name
+        write_calibration(place_of(transformer), {Q: torch.ones(1, 4)})
+        assert find_calibration(transformer) == place_of(transformer)
 
 
 @pytest.mark.parametrize(

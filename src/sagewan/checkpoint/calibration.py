@@ -26,11 +26,11 @@ _SHARED = {"attn1.to_k": "attn1.to_q", "attn1.to_v": "attn1.to_q"}
 
 def find_calibration(transformer: Path) -> Path | None:
     """Where the measurements of a transformer, the file or folder of its weights, are; None if it
-    was not measured."""
+    was not measured. What was measured here comes before what came with the weights."""
     # Of a folder's name what follows a point is no ending: wan2.1-t2v.
     name = transformer.stem if transformer.is_file() else transformer.name
     beside = transformer.parent / FOLDER / f"{name}.safetensors"
-    places = (beside, place_of(transformer))
+    places = (place_of(transformer), beside)
     return next((path for path in places if path.is_file()), None)
 
 

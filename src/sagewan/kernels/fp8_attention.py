@@ -135,12 +135,12 @@ def attend(
         "lse": lse,
         **lists(prepared, block_mask),
         "heads": heads,
+        "shared": heads // k.data.shape[1],
         "count": count,
         "count_padded": q.data.shape[2],
         "keys": prepared.keys,
         "keys_padded": k.data.shape[2],
         "size": size,
-        "SHARED": heads // k.data.shape[1],
         "HALF_SUMS": sm in HALF_SUM_SMS,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -198,13 +198,13 @@ def _fp8_attention_kernel(
     o, o_b, o_h, o_n, o_d,  # [B, H, N, D]
     lse,  # [B·H, N] or None
     blocks, block_counts, block_tails, block_b, block_h,  # key_blocks.KeyBlocks, or None
-    heads, count, count_padded, keys, keys_padded, size,
-    SHARED: tl.constexpr, HALF_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    heads, shared, count, count_padded, keys, keys_padded, size,
+    HALF_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     rows, queries, row_scale = load_queries(q, q_scale, head, count_padded, BLOCK_M, BLOCK_D)
-    key_head = head // SHARED
+    key_head = head // shared
     k_row, v_row = key_head * keys_padded, key_head * BLOCK_D
     if not TMA:
         k += k_row.to(tl.int64) * BLOCK_D

@@ -184,12 +184,12 @@ def attend(
         "lse": lse,
         **lists(prepared, block_mask),
         "heads": heads,
+        "shared": heads // v.shape[1],
         "count": count,
         "count_padded": q.data.shape[2],
         "keys": prepared.keys,
         "keys_padded": k.data.shape[2],
         "size": size,
-        "SHARED": heads // v.shape[1],
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": block_of(size),
@@ -244,19 +244,19 @@ def _int8_attention_kernel(
     o, o_b, o_h, o_n, o_d,  # [B, H, N, D]
     lse,  # [B·H, N] or None
     blocks, block_counts, block_tails, block_b, block_h,  # key_blocks.KeyBlocks, or None
-    heads, count, count_padded, keys, keys_padded, size,
-    SHARED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    heads, shared, count, count_padded, keys, keys_padded, size,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     rows, queries, row_scale = load_queries(q, q_scale, head, count_padded, BLOCK_M, BLOCK_D)
-    k_row = head // SHARED * keys_padded
+    k_row = head // shared * keys_padded
     if not TMA:
         k += k_row.to(tl.int64) * BLOCK_D
     k_scale += k_row
     if k_bias is not None:
         k_bias += head.to(tl.int64) * keys_padded
-    batch, v_head = head // heads, head % heads // SHARED
+    batch, v_head = head // heads, head % heads // shared
     v += batch.to(tl.int64) * v_b + v_head.to(tl.int64) * v_h
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M, 8), tl.float32)

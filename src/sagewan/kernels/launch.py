@@ -16,7 +16,7 @@ from sagewan.errors import ShapeError
 MAX_HEAD_DIM = 256
 # Arguments that differ from call to call and speed nothing up when known: a kernel is not compiled
 # anew for lengths that happen to be multiples of 16.
-VARYING = ("heads", "count", "keys", "block_b", "block_h")
+VARYING = ("heads", "shared", "count", "keys", "block_b", "block_h")
 # Triton decides at the import of a kernel.
 _INTERPRETED = triton.knobs.runtime.interpret
 DTYPES = (torch.bfloat16, torch.float16)

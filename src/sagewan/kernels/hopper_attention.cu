@@ -31,7 +31,7 @@ typedef long long i64;
 constexpr int KEYS = 128;      // of a step
 constexpr int CHANNELS = 128;  // of a head, padded
 constexpr int SCALES = KEYS / KEYS_PER_SCALE;  // of a step's keys
-constexpr int ROWS = 64;  // of a warpgroup; they share a scale
+constexpr int ROWS = 64;                       // of a warpgroup; they share a scale
 constexpr float BASE = 12582912.0f;  // 1.5·2²³
 // Up to here the exponent's offset, BASE times it, is exact to a hundredth.
 constexpr float MOST_FACTOR = 0.0078125f;
@@ -406,8 +406,29 @@ __device__ __forceinline__ void copy(Shared &shared, const Arguments &a, const T
 
 // ---- The preparing warps -----------------------------------------------------------------------
 
-// Where each key's scores start, and what a score is worth. Keys beyond the last start at minus
-// infinity: theirs are rows of zeros, so they stay there.
+// Where the scores of a lane's four keys start, from the first of them on, and what they are worth.
+// Keys beyond the last start at minus infinity: theirs are rows of zeros, so they stay there.
+__device__ __forceinline__ void start_keys(Start &start, float factor, const float4 &added, int key,
+                                           int keys, int lane) {
+    float units = reciprocal(factor);
+    int4 *scores = &start.scores[lane * 2];
+    int x = key < keys ? __float_as_int(fmaf(added.x, units, BASE)) : LOWEST;
+    int y = key + 1 < keys ? __float_as_int(fmaf(added.y, units, BASE)) : LOWEST;
+    scores[0] = {x, y, x, y};
+    x = key + 2 < keys ? __float_as_int(fmaf(added.z, units, BASE)) : LOWEST;
+    y = key + 3 < keys ? __float_as_int(fmaf(added.w, units, BASE)) : LOWEST;
+    scores[1] = {x, y, x, y};
+    if (lane % (32 / SCALES) == 0) {
+        int part = lane / (32 / SCALES);
+        // Of scores worth much some are always taken to be above.
+        bool large = factor > MOST_FACTOR;
+        start.worth.factor[part] = factor;
+        start.worth.minus[part] = -BASE * factor;
+        start.worth.zero[part] = large ? __int_as_float(LOWEST) : fmaf(LOG2_P_MAX, units, BASE);
+        start.worth.units[part] = large ? 1.0f : units;
+    }
+}
+
 __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int head, int key_head,
                                         const Visit &visit) {
     int lane = threadIdx.x % 32, first = threadIdx.x / 32 - 1;
@@ -424,25 +445,8 @@ __device__ __forceinline__ void prepare(Shared &shared, const Arguments &a, int 
 #pragma unroll 1
         for (int group = 0; group < WARPGROUPS; ++group) {
             int row = min(int(blockIdx.x * WARPGROUPS + group) * ROWS, a.count_padded - ROWS);
-            float factor = fmaxf(q_scale[row] * of_keys, 1e-37f), units = reciprocal(factor);
-            int4 *start = &stage.start[group].scores[lane * 2];
-            int x = key < a.keys ? __float_as_int(fmaf(added.x, units, BASE)) : LOWEST;
-            int y = key + 1 < a.keys ? __float_as_int(fmaf(added.y, units, BASE)) : LOWEST;
-            start[0] = {x, y, x, y};
-            x = key + 2 < a.keys ? __float_as_int(fmaf(added.z, units, BASE)) : LOWEST;
-            y = key + 3 < a.keys ? __float_as_int(fmaf(added.w, units, BASE)) : LOWEST;
-            start[1] = {x, y, x, y};
-            if (lane % (32 / SCALES) == 0) {
-                Worth &worth = stage.start[group].worth;
-                int part = lane / (32 / SCALES);
-                // Of scores worth much some are always taken to be above.
-                bool large = factor > MOST_FACTOR;
-                worth.factor[part] = factor;
-                worth.minus[part] = -BASE * factor;
-                worth.zero[part] =
-                    large ? __int_as_float(LOWEST) : fmaf(LOG2_P_MAX, units, BASE);
-                worth.units[part] = large ? 1.0f : units;
-            }
+            float factor = fmaxf(q_scale[row] * of_keys, 1e-37f);
+            start_keys(stage.start[group], factor, added, key, a.keys, lane);
         }
         __syncwarp();
         if (lane == 0) arrive(stage.full);
@@ -765,6 +769,17 @@ __device__ __forceinline__ void treat_those_above(State &x, const int (&most)[2]
     }
 }
 
+// What a score, times its worth, lacks to be P's exponent.
+__device__ __forceinline__ void find_offsets(const State &x, float (&offset)[2][SCALES]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int part = 0; part < SCALES; ++part) {
+            offset[row][part] = x.worth.minus[part] - x.rows.limit[row];
+        }
+    }
+}
+
 // The scores of a step, of which the maxima are known, become P; its products with V are begun, and
 // the next step's scores.
 __device__ __forceinline__ void take_step(State &x, Shared &shared, const int (&most)[2][SCALES],
@@ -776,13 +791,7 @@ __device__ __forceinline__ void take_step(State &x, Shared &shared, const int (&
     release(last.free, x.lane);
     if (above) treat_those_above(x, most);
     float offset[2][SCALES];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-#pragma unroll
-        for (int part = 0; part < SCALES; ++part) {
-            offset[row][part] = x.worth.minus[part] - x.rows.limit[row];
-        }
-    }
+    find_offsets(x, offset);
     if constexpr (FP8) {
         if (x.summed == STEPS_OF_SUMS) {
             asm volatile("" ::: "memory");

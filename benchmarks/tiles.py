@@ -4,8 +4,8 @@
 
 Kernels use fixed configurations, so that a seed means the same video on every run; this prints what
 ``tile_for`` of each kernel file should return on the GPU at hand. Each is held to float64 first.
-Without preparation, which tiles do not touch. The candidates of the modes take turns, so that a
-search that is cut off by time has tried some of each.
+Without preparation, which gives scales to the rows of a tile. The candidates of the modes take
+turns, so that a search that is cut off by time has tried some of each.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,35 +63,33 @@ CANDIDATES: dict[str, tuple[ModuleType, tuple[tuple[int, int, int, int, int | No
 }
 
 
-def turns(modes: list[str]) -> Iterator[tuple[str, Tile]]:
+def turns(modes: list[str], sm: int) -> Iterator[tuple[str, Tile]]:
     """The candidates of all modes, one of each in turn."""
     lists = [[(mode, numbers) for numbers in CANDIDATES[mode][1]] for mode in modes]
     for round_ in itertools.zip_longest(*lists):
         for mode, (m, n, warps, stages, registers) in filter(None, round_):
-            yield (
-                mode,
-                Tile(block_m=m, block_n=n, warps=warps, stages=stages, registers=registers),
-            )
+            cut = Tile(block_m=m, block_n=n, warps=warps, stages=stages, registers=registers)
+            yield mode, replace(cut, tma=sm == 90)
 
 
 def measured(mode: str, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[float, float]:
     """The error and the milliseconds of one candidate."""
     module = CANDIDATES[mode][0]
     prepare: Callable[..., Any] = getattr(module, f"prepare_{mode}")
-    prepared = prepare(q, k, v)
-
-    def attend(*_: Tensor) -> Tensor:
-        out: Tensor = module.attend(prepared)
-        return out
-
     with mock.patch.object(module, "tile_for", return_value=tile):
+        prepared = prepare(q, k, v)
+
+        def attend(*_: Tensor) -> Tensor:
+            out: Tensor = module.attend(prepared)
+            return out
+
         return error_of(attend, q, k, v), milliseconds_of(attend, q, k, v)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    native = compute_capability(torch.device("cuda")) >= 100
-    usual = [mode for mode in CANDIDATES if native or mode != "sageattn_3_fp4"]
+    sm = compute_capability(torch.device("cuda"))
+    usual = [mode for mode in CANDIDATES if sm >= 100 or mode != "sageattn_3_fp4"]
     parser.add_argument("--modes", default=",".join(usual))
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--json", type=Path)
@@ -99,7 +97,7 @@ def main() -> None:
     end = time.monotonic() + arguments.seconds
     q, k, v = inputs("bias", SHAPE, "cuda")
     found = []
-    for mode, tile in turns(arguments.modes.split(",")):
+    for mode, tile in turns(arguments.modes.split(","), sm):
         if time.monotonic() > end:
             print("time is up")
             break

@@ -9,7 +9,7 @@ from torch import Tensor
 from sagewan.attention.resolve import load, name_of
 from sagewan.errors import ShapeError
 from sagewan.kernels import launch as launching
-from sagewan.kernels.launch import Repeated, Schedule, block_of, check
+from sagewan.kernels.launch import Repeated, Schedule, block_of, check, copied
 from sagewan.plan.catalogue import Problem, row_named, rows_of
 from sagewan.plan.hardware import Device, Hardware
 
@@ -143,3 +143,16 @@ def test_what_the_first_launch_compiled_is_called_from_then_on(
     assert once(1, x) == "kept"
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert once(1, x) == "looked up", "another device is the current one"
+
+
+def test_what_the_memory_accelerator_copies_is_told_from_what_it_cannot() -> None:
+    x = torch.empty(2, 3, 40, 64, dtype=torch.float16)
+    for one in (x, x.transpose(1, 2), x[:, :, 5:, 8:]):
+        made = copied(one, (1, 1, 16, 64))
+        assert made is not None
+        assert (made.shape, made.strides) == (list(one.shape), list(one.stride()))
+    # Channels apart, no multiple of 16 bytes from row to row, a first byte between, and one row
+    # again and again.
+    odd = torch.empty(2, 3, 40, 68, dtype=torch.float16)[..., :64]
+    for other in (x.mT, odd, x[..., 4:], x[:, :, :1].expand_as(x)):
+        assert copied(other, (1, 1, 16, 64)) is None

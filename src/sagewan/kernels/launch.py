@@ -46,10 +46,9 @@ class Tile(Schedule):
 
 def copied(x: Tensor, tile: tuple[int, ...]) -> TensorDescriptor | None:
     """x as the tensor memory accelerator copies tiles of it, or None if it can't: its last
-    dimension must be contiguous, the others begin at multiples of 16 bytes."""
-    if x.stride(-1) != 1 or x.data_ptr() % 16:
-        return None
-    if any(stride * x.element_size() % 16 for stride in x.stride()[:-1]):
+    dimension must be contiguous, the others begin at multiples of 16 bytes and not repeat."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(not step or step % 16 for step in steps):
         return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile))
 

@@ -171,8 +171,8 @@ def _step(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x, factor, offset, above = scores(
-        q, q_scale, k, k_row, scale, bias, start, keys, highest, ANY, TMA, BLOCK_M, BLOCK_N,
-        BLOCK_D,
+        q, q_scale, k, k_row, scale, bias, start, keys, highest, ANY, True, TMA, BLOCK_M,
+        BLOCK_N, BLOCK_D,
     )  # fmt: skip
     p = tl.exp2(x * factor + (offset + _LOG2_P_MAX)[:, None])
     rescale = tl.exp2(highest - above)
@@ -210,8 +210,7 @@ def _fp8_attention_kernel(
         k += k_row.to(tl.int64) * BLOCK_D
         v += v_row.to(tl.int64) * keys_padded
     k_scale += k_row
-    if k_bias is not None:
-        k_bias += head.to(tl.int64) * keys_padded
+    k_bias += head.to(tl.int64) * keys_padded
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M, 8), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)

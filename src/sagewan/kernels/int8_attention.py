@@ -210,12 +210,12 @@ _sageattn_3 = operator("sageattn_3", prepare_sageattn_3, attend)
 def _step(
     acc, total, highest,  # [M, D'], [M, 8], [M]
     q, q_scale, k, k_row, scale, bias, v, v_n, v_d, v_tiles, batch, v_head, start, keys, size,
-    ANY: tl.constexpr, WHOLE_D: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ANY: tl.constexpr, BIASED: tl.constexpr, WHOLE_D: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     x, factor, offset, above = scores(
-        q, q_scale, k, k_row, scale, bias, start, keys, highest, ANY, TMA, BLOCK_M, BLOCK_N,
-        BLOCK_D,
+        q, q_scale, k, k_row, scale, bias, start, keys, highest, ANY, BIASED, TMA, BLOCK_M,
+        BLOCK_N, BLOCK_D,
     )  # fmt: skip
     p = tl.exp2(x * factor + offset[:, None])
     rescale = tl.exp2(highest - above)
@@ -248,6 +248,7 @@ def _int8_attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr, TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    BIASED: tl.constexpr = k_bias is not None
     head = tl.program_id(1)
     rows, queries, row_scale = load_queries(q, q_scale, head, count_padded, BLOCK_M, BLOCK_D)
     k_row = head // shared * keys_padded
@@ -281,8 +282,8 @@ def _int8_attention_kernel(
             scale, bias = of_keys(k_scale, k_bias, start, BLOCK_N)
         acc, total, highest = _step(
             acc, total, highest, queries, row_scale, k, k_row, scale, bias, v, v_n, v_d,
-            v_tiles, batch, v_head, start, keys, size, False, WHOLE_D, TMA, BLOCK_M, BLOCK_N,
-            BLOCK_D,
+            v_tiles, batch, v_head, start, keys, size, False, BIASED, WHOLE_D, TMA, BLOCK_M,
+            BLOCK_N, BLOCK_D,
         )  # fmt: skip
         if AHEAD:
             scale, bias = next_scale, next_bias
@@ -291,8 +292,8 @@ def _int8_attention_kernel(
         scale, bias = of_keys(k_scale, k_bias, start, BLOCK_N)
         acc, total, highest = _step(
             acc, total, highest, queries, row_scale, k, k_row, scale, bias, v, v_n, v_d,
-            v_tiles, batch, v_head, start, keys, size, True, WHOLE_D, TMA, BLOCK_M, BLOCK_N,
-            BLOCK_D,
+            v_tiles, batch, v_head, start, keys, size, True, BIASED, WHOLE_D, TMA, BLOCK_M,
+            BLOCK_N, BLOCK_D,
         )  # fmt: skip
     total = tl.sum(total, 1)
     out = normalised(acc, total)

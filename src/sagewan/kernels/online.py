@@ -63,8 +63,8 @@ def scores(
     k, k_row,  # one head's [M', D'] int8; or with TMA the descriptor of all, and the head's row
     scale, bias,  # of_keys
     start, keys, highest,
-    ANY: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ANY: tl.constexpr, BIASED: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """→ x [M, N], a factor and an offset [M], so that P is 2 to x · factor + offset, and the new
     highest score [M], in powers of two. ``ANY`` is for keys beyond the last, and for factors that
@@ -75,8 +75,12 @@ def scores(
     else:
         tile = tl.load(k + columns[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :])
     factor = tl.maximum(q_scale * scale, _LEAST_FACTOR)
-    begin = (bias * (1.0 / factor) + _BASE).to(tl.int32, bitcast=True)
-    begin = tl.broadcast_to((tl.zeros_like(columns) + begin)[None, :], (BLOCK_M, BLOCK_N))
+    begin = tl.full((BLOCK_N,), _BASE, tl.float32)
+    if BIASED:
+        # A division would take eight instructions.
+        root = tl.rsqrt(factor)
+        begin = bias * (root * root) + _BASE
+    begin = tl.broadcast_to(begin.to(tl.int32, bitcast=True)[None, :], (BLOCK_M, BLOCK_N))
     s = tl.dot(q, tl.trans(tile), begin, out_dtype=tl.int32)
     if ANY:
         s = tl.where((columns < keys)[None, :], s, _LOWEST)

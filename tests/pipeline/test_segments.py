@@ -50,6 +50,12 @@ def test_not_where_torch_or_the_driver_has_none(
     assert NEW not in os.environ
 
 
+def test_on_windows_asking_is_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Windows")
+    monkeypatch.setenv(NEW, "expandable_segments:True")
+    assert not let_segments_grow()
+
+
 @pytest.mark.parametrize("name", [NEW, OLD])
 @pytest.mark.parametrize(
     ("said", "grow"),

@@ -20,7 +20,9 @@ def let_segments_grow() -> bool:
     said = next((os.environ[name] for name in _SETTINGS if name in os.environ), None)
     if said is None and not _begun() and _have_them():
         os.environ[_SETTINGS[0]] = said = _GROWING
-    return _GROWING.lower() in (said or "").replace(" ", "").lower()
+    asked = _GROWING.lower() in (said or "").replace(" ", "").lower()
+    # Elsewhere torch says that it has none, and goes on without.
+    return asked and platform.system() == "Linux"
 
 
 def _begun() -> bool:

@@ -29,7 +29,8 @@ class Rows:
     what each row gives with the other tensor's mean, if wanted. Q's scale holds softmax's scale and
     log₂e; its dots, for the log-sum-exp, softmax's scale. K's dots are in powers of two and are
     added to its scores. ``rows_per_scale`` rows from a multiple of it on have the same scale: as
-    many as a kernel's block of rows, and as the keys of its step, or more.
+    many as a kernel's block of rows, and as the keys of its step, or more; Q's are at least
+    :func:`sagewan.kernels.query_key.lowest_scale` of the keys.
     """
 
     data: Tensor

@@ -27,6 +27,8 @@ MODES: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 # One of each family of instructions: 8.0 and 8.6 share theirs, as do 10.0 and 10.3.
 SMS = (80, 89, 90, 100, 120)
 CELLS = [(mode, sm) for mode in MODES for sm in SMS if sm in row_named(f"sagewan.{mode}").sms]
+# Bytes a thread, where registers are capped, in exchange for another block on a multiprocessor.
+SPILLED_FOR_A_BLOCK = 512 if Version(triton.__version__) >= Version("3.8") else 128
 
 
 @cache
@@ -131,9 +133,7 @@ def test_both_products_use_the_promised_instructions(mode: str, sm: int) -> None
 def test_kernels_fit_the_hardware_and_spill_next_to_nothing(mode: str, sm: int) -> None:
     for kernel in built(mode, sm):
         assert kernel.shared <= SHARED_MEMORY[86 if sm == 80 else sm], kernel.launch.name
-        # Where registers are capped, a few go to memory in exchange for another block: none with
-        # Triton 3.6 and 3.7, some with 3.8.
-        limit = 512 if kernel.launch.schedule.registers else 0
+        limit = SPILLED_FOR_A_BLOCK if kernel.launch.schedule.registers else 0
         assert kernel.spilled <= limit, f"{kernel.launch.name}: {kernel.spilled} bytes"
 
 
@@ -193,7 +193,7 @@ def test_the_form_with_a_block_mask_fits_too(mode: str, sm: int) -> None:
     assert kernel.shared <= SHARED_MEMORY[sm]
     dense = compiled(record(sm, lambda: attend(prepare_mode(q, q, q)))[-1], sm)
     assert bytewise(kernel) == bytewise(dense), "what the list points to is aligned"
-    assert kernel.spilled <= (512 if kernel.launch.schedule.registers else 64)
+    assert kernel.spilled <= (SPILLED_FOR_A_BLOCK if kernel.launch.schedule.registers else 64)
 
 
 def bytewise(kernel: Built) -> int:

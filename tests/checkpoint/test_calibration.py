@@ -1,5 +1,6 @@
 """What was measured of the inputs is found beside the weights, or where it was kept."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,31 @@ def test_what_came_with_the_weights_serves_until_they_are_measured_here(tmp_path
         assert find_calibration(transformer) == tmp_path / "inputs" / name
         write_calibration(place_of(transformer), {Q: torch.ones(1, 4)})
         assert find_calibration(transformer) == place_of(transformer)
+
+
+def test_what_could_not_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    first, second = (
+        {f"blocks.{n}.ffn.net.2": torch.full((2, 16), x) for n in range(9)} for x in (1.0, 2.0)
+    )
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            write_calibration(path, first)
+    assert not list(tmp_path.iterdir())
+    # Of the measurement before nothing is left in the next one.
+    write_calibration(path, second)
+    for name in second:
+        found = by_layer(path)(name, 16)
+        assert found is not None
+        assert float(found.float().max()) == 2
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

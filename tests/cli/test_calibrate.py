@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from sagewan.cache import cache_folder
 from sagewan.checkpoint.find import demo_folder
 from tests.cli.conftest import Said
@@ -37,6 +39,20 @@ def test_what_it_can_t_measure_for_is_refused_and_what_it_leaves_out_is_said(
     said = sagewan("calibrate", *words, "--sparsity", "radial:0.75")
     assert said.code == 0, said.err
     assert "sparsity radial:0.75 is left out" in " ".join(said.err.split())
+
+
+def test_what_can_t_be_kept_is_one_sentence(
+    sagewan: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A file where the folder would be.
+    for name in ("inputs", "magnitudes"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("SAGEWAN_CACHE", str(tmp_path))
+    words = ("--size", "64x64", "--frames", "5", "--steps", "2")
+    for purpose in ("weights", "cache"):
+        said = sagewan("calibrate", *words, "--for", purpose)
+        assert said.code == 2, said.err
+        assert f"what was measured can't be kept in {tmp_path} (File exists): make" in said.err
 
 
 def test_for_weights_it_says_how_much_it_knows_and_the_plan_goes_by_it(

@@ -11,7 +11,7 @@ import torch
 from sagewan.checkpoint.calibration import by_layer, place_of
 from sagewan.checkpoint.find import find_model
 from sagewan.errors import RequestError
-from sagewan.pipeline import generate
+from sagewan.pipeline import generate, inputs
 from sagewan.pipeline.inputs import measure_inputs, principal
 from sagewan.pipeline.progress import Watch
 from sagewan.plan.request import Request
@@ -69,3 +69,21 @@ def test_what_can_t_be_measured_is_refused(tmp_path: Path) -> None:
     request = Request(prompt="a red ball", **SMALL)
     with pytest.raises(RequestError, match=r"prompts, number 2"):
         measure_inputs(request, prompts, Watch())
+
+
+def test_of_many_videos_no_more_is_kept_than_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball grows\n" * 10, encoding="utf-8")
+    kept: list[int] = []
+
+    def seen(rows: torch.Tensor) -> torch.Tensor:
+        kept.append(len(rows))
+        return principal(rows)
+
+    monkeypatch.setattr(inputs, "ROWS", 24)
+    monkeypatch.setattr(inputs, "principal", seen)
+    # Forty passes.
+    measure_inputs(Request(prompt="a red ball", **SMALL), prompts, Watch())
+    assert 20 < sum(kept) / len(kept) < 28

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sagewan.cache import cache_folder
+from sagewan.cache import cache_folder, write_whole
 from sagewan.checkpoint.containers import open_file
 from sagewan.errors import CheckpointError
 from sagewan.plan.layers import Role, role_of
@@ -84,16 +84,15 @@ def _read(path: Path) -> "dict[str, Tensor]":
 
 
 def write_calibration(path: Path, measured: "Mapping[str, Tensor]") -> None:
-    """Keep directions [R, K] by layer. Raises OSError."""
+    """Keep directions [R, K] by layer, all of one measurement. Raises OSError; then what was there
+    before is there."""
     import torch
-
-    from sagewan.checkpoint.writer import Slot, Writer
+    from safetensors.torch import save
 
     # Each as long as the root of its share, with numbers up to about the root of K: in range.
-    eight = {name: x.clamp(-448, 448).to(torch.float8_e4m3fn) for name, x in measured.items()}
-    slots = [Slot(name, x.dtype, tuple(x.shape)) for name, x in eight.items()]
+    eight = {
+        name: x.clamp(-448, 448).to(torch.float8_e4m3fn).contiguous()
+        for name, x in measured.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Writer(path, slots, {}) as writer:
-        for tensor in list(eight.values())[writer.done :]:
-            writer.append(tensor)
-        writer.finish()
+    write_whole(path, save(eight))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sagewan.cache import cache_folder
 from sagewan.errors import RequestError, UnsupportedError
 from sagewan.pipeline.decide import decide
 from sagewan.pipeline.magnitudes import store_magnitudes
@@ -39,8 +40,8 @@ class Calibrated:
 
 def calibrate(request: Request, watch: Watch) -> Calibrated:
     """Measure the request's model for its steps, by one plan throughout: nothing is made again.
-    Raises as generate does, RequestError for a cache that goes by no measurements, and
-    UnsupportedError where an implementation fails."""
+    Raises as generate does, RequestError for a cache that goes by no measurements or where they
+    can't be kept, and UnsupportedError where an implementation fails."""
     from sagewan.checkpoint.find import find_model
     from sagewan.checkpoint.lora import find_loras
     from sagewan.pipeline.pictures import load_picture
@@ -65,7 +66,8 @@ def calibrate(request: Request, watch: Watch) -> Calibrated:
     }
     magnitudes = _measured(plan, pictures, watch)
     planned = plan_cache(cache, plan.steps.passes, magnitudes)
-    path = store_magnitudes(plan, magnitudes)
+    with disk_told():
+        path = store_magnitudes(plan, magnitudes)
     reused = planned.reused if planned and planned.reused else ()
     return Calibrated(plan=plan, cache=cache, magnitudes=magnitudes, path=path, reused=reused)
 
@@ -90,6 +92,18 @@ def _measured(plan: Plan, pictures: "Mapping[str, Image]", watch: Watch) -> Magn
     import_libraries()
     with stops_told(plan):
         return _denoised(plan, pictures, watch)
+
+
+@contextmanager
+def disk_told() -> Iterator[None]:
+    """A block that keeps what was measured; where the system refuses that, it is one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(
+            f"what was measured can't be kept in {cache_folder()} ({error.strerror or error}): "
+            "make room, or set SAGEWAN_CACHE to another folder"
+        ) from error
 
 
 @contextmanager

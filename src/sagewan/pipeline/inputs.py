@@ -17,7 +17,7 @@ from sagewan.checkpoint.calibration import measured_layer, place_of, write_calib
 from sagewan.checkpoint.find import find_model
 from sagewan.errors import RequestError
 from sagewan.pipeline.build import build
-from sagewan.pipeline.calibrate import stops_told
+from sagewan.pipeline.calibrate import disk_told, stops_told
 from sagewan.pipeline.conditions import encode
 from sagewan.pipeline.decide import decide
 from sagewan.pipeline.denoise import denoise, start
@@ -31,8 +31,8 @@ from sagewan.plan.request import NO_QUANTIZATION, Request
 
 logger = logging.getLogger(__name__)
 
-# Of each layer's inputs so many are kept, from all steps, passes and prompts alike (3.2 GB of a
-# 14B model's), and so many principal directions of those.
+# Of each layer's inputs about so many are kept, from all steps, passes and prompts alike (3.2 GB of
+# a 14B model's), and so many principal directions of those.
 ROWS = 1024
 DIRECTIONS = 8
 
@@ -74,7 +74,8 @@ def measure_inputs(request: Request, prompts: Path | None, watch: Watch) -> Meas
             watch.step(len(shares))
         if layers:  # an expert's turn may never have come
             paths.append(place_of(model.parts[part]))
-            write_calibration(paths[-1], directions)
+            with disk_told():
+                write_calibration(paths[-1], directions)
     return Measured(plan=plan, layers=len(shares), least=min(shares), paths=tuple(paths))
 
 
@@ -112,9 +113,9 @@ def _whole(request: Request) -> Request:
 
 @dataclass
 class _Samples:
-    """Tokens of each measured layer of one transformer; ``each`` of a call."""
+    """Tokens of each measured layer of one transformer; ``each`` of a call, on average."""
 
-    each: int
+    each: float
     layers: dict[str, list[Tensor]] = field(default_factory=dict)
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
@@ -127,8 +128,12 @@ class _Samples:
                 module.register_forward_hook(partial(self._keep, name))
 
     def _keep(self, name: str, _layer: nn.Module, inputs: tuple[Any, ...], _out: Any) -> None:
+        # Of many calls by chance: every second one would be that of one of guidance's passes.
+        count = int(self.each + float(torch.rand((), generator=self._generator)))
+        if not count:
+            return
         rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-        chosen = torch.randint(len(rows), (self.each,), generator=self._generator)
+        chosen = torch.randint(len(rows), (count,), generator=self._generator)
         self.layers.setdefault(name, []).append(rows[chosen.to(rows.device)].cpu())
 
 
@@ -139,10 +144,9 @@ def _denoised(
     watch.planned(plan)
     watch.stage("load")
     components = build(plan, Launcher(), session, watch)
-    passes = sum(plan.steps.passes) * len(prompts)
     samples = {}
-    for part in components.transformers:
-        own = samples[part.name] = _Samples(-(-ROWS * plan.model.experts // passes))
+    for expert, part in enumerate(components.transformers):
+        own = samples[part.name] = _Samples(ROWS / max(1, _calls(plan, expert) * len(prompts)))
         part.load = partial(_watched, part.load, own, plan)
     paths = {"image": plan.request.image, "last_image": plan.request.last_image}
     pictures = {
@@ -155,6 +159,12 @@ def _denoised(
         noise = start(plan, [plan.seed + number])
         denoise(components, plan, own_text, watch, resume=noise)
     return {name: own.layers for name, own in samples.items()}
+
+
+def _calls(plan: Plan, expert: int) -> int:
+    """Forward passes of an expert in one video."""
+    steps = zip(plan.steps.experts, plan.steps.passes, strict=True)
+    return sum(passes for own, passes in steps if own == expert)
 
 
 def _watched(load: Any, samples: _Samples, plan: Plan) -> Any:

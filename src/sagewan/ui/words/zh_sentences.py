@@ -113,6 +113,7 @@ ZH_SENTENCES: Mapping[str, str] = {
     "{}: {} has {} inputs, and {} were measured: remove the file, and run sagewan calibrate --for weights": "{}：{} 有 {} 个输入，而测量的是 {} 个：请删除该文件，并运行 sagewan calibrate --for weights",
     "{}: {} is no measurement of inputs: remove the file, and run sagewan calibrate --for weights": "{}：{} 不是输入的测量结果：请删除该文件，并运行 sagewan calibrate --for weights",
     "model={}: its files are {} already, and are not rounded again; measure the 16-bit ones": "model={}：它的文件已经是 {}，不会再次舍入；请测量 16 位的文件",
+    "what was measured can't be kept in {} ({}): make room, or set SAGEWAN_CACHE to another folder": "测量结果无法保存到 {}（{}）：请清理空间，或把 SAGEWAN_CACHE 设为其他文件夹",
     "prompts={} can't be read ({}); give a text file": "prompts={} 无法读取（{}）；请给出文本文件",
     "prompts={} holds no prompt: write one a line": "prompts={} 中没有提示词：请每行写一个",
     "the setting {}={} can't be read": "无法读取设置 {}={}",

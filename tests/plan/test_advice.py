@@ -146,3 +146,16 @@ def test_a_models_own_bits_are_kept() -> None:
     ways = check(request, model, pretend(machine(), gpu=None, vram=6, ram=16))
     assert ways
     assert {flag for way in ways for flag, _ in way} <= {"frames", "size"}
+
+
+def test_another_dtype_is_advised_with_the_attention_that_it_brings() -> None:
+    """Float32 has no quantised attention; what takes its place takes more."""
+    hardware = pretend(machine("4090", triton="3.6.0"), gpu="rtx-4090", vram=10, ram=12)
+    request = Request(prompt="x", preset="low-vram", dtype="float32", size=(1920, 1080), frames=121)
+    for attention in (None, "sdpa"):
+        asked = replace(request, attention=attention)
+        ways = check(asked, PUBLISHED["wan2.2-t2v-a14b"], hardware)
+        assert [[flag for flag, _ in way] for way in ways] == [
+            ["dtype", "frames"],
+            ["dtype", "size"],
+        ]

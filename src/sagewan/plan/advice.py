@@ -7,6 +7,8 @@ from sagewan.plan.budget.needs import Needs
 from sagewan.plan.hardware import Hardware
 from sagewan.plan.memory import plan_memory
 from sagewan.plan.models import Model
+from sagewan.plan.modes import MODES, Quality
+from sagewan.plan.request import Request
 from sagewan.plan.weights import QUANTIZED_AS, weight_bytes
 
 # A video shorter or narrower than this is none.
@@ -90,9 +92,19 @@ def _of_weights(needs: Needs) -> Iterator[_Way]:
     half = needs.device.usual_dtype if needs.on_device else "bfloat16"
     ways = [_Way((), needs)]
     if needs.dtype == "float32":
-        ways.append(_Way((f"--dtype {half}",), replace(needs, dtype=half)))
+        # What float32 has no kernels for may run then, and takes more.
+        quantised = needs.quantised_attention or (needs.on_device and not _exact(needs.request))
+        in_half = replace(needs, dtype=half, quantised_attention=quantised)
+        ways.append(_Way((f"--dtype {half}",), in_half))
     formats = [way for dtype in ways for way in _quantised(dtype)]
     yield from sorted((*ways, *formats), key=lambda way: len(way.changes))
+
+
+def _exact(request: Request) -> bool:
+    """Whether it names an attention in 16 bit, for all steps and layers."""
+    ends = request.attention_ends
+    named = (request.attention, *((ends.mode,) if ends else ()))
+    return all(mode in MODES and MODES[mode].quality == Quality.EXACT for mode in named)
 
 
 def _quantised(way: _Way) -> Iterator[_Way]:

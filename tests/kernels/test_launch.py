@@ -8,8 +8,10 @@ from torch import Tensor
 
 from sagewan.attention.resolve import load, name_of
 from sagewan.errors import ShapeError
+from sagewan.kernels import fp8_attention, hopper_attention, int8_attention
 from sagewan.kernels import launch as launching
 from sagewan.kernels.launch import Repeated, Schedule, block_of, check, copied
+from sagewan.kernels.prepared import Prepared, Rows
 from sagewan.plan.catalogue import Problem, row_named, rows_of
 from sagewan.plan.hardware import Device, Hardware
 
@@ -156,3 +158,25 @@ def test_what_the_memory_accelerator_copies_is_told_from_what_it_cannot() -> Non
     odd = torch.empty(2, 3, 40, 68, dtype=torch.float16)[..., :64]
     for other in (x.mT, odd, x[..., 4:], x[:, :, :1].expand_as(x)):
         assert copied(other, (1, 1, 16, 64)) is None
+
+
+@pytest.mark.parametrize(
+    ("attend", "queries", "keys"),
+    [
+        (int8_attention.attend, 64, 64),  # the Hopper kernel's
+        (fp8_attention.attend, 64, 128),
+        (hopper_attention.attend, 32, 64),
+        (hopper_attention.attend, 64, 32),
+    ],
+)
+def test_scales_finer_than_a_kernels_are_refused(
+    attend: Callable[..., object], queries: int, keys: int
+) -> None:
+    data = torch.zeros(1, 1, 128, 128, dtype=torch.int8)
+    rows = [Rows(data=data, scale=data[..., 0].float(), rows_per_scale=n) for n in (queries, keys)]
+    v = data.half()
+    prepared = Prepared(
+        q=rows[0], k=rows[1], v=v, queries=128, keys=128, head_dim=128, dtype=v.dtype
+    )
+    with pytest.raises(ShapeError, match=f"{queries} queries and {keys} keys share a scale"):
+        attend(prepared)

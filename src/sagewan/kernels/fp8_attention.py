@@ -118,7 +118,7 @@ def attend(
     sm = compute_capability(out.device)
     block_d = block_of(size)
     tile = tile_for(sm, block_d)
-    check_grain(prepared, tile)
+    check_grain(prepared, grain_of(tile))
     k_tiles = copied(k.data.view(-1, block_d), (tile.block_n, block_d))
     v_tiles = copied(v.data.view(-1, v.data.shape[3]), (block_d, tile.block_n))
     tma = tile.tma and None not in (k_tiles, v_tiles)

@@ -9,6 +9,7 @@ After FlashAttention-3 (arXiv:2407.08608) and SageAttention2 (arXiv:2411.10958).
 """
 
 import ctypes
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,12 +21,12 @@ from torch import Tensor
 from sagewan.errors import ShapeError
 from sagewan.kernels.fp8_attention import E4M3_MAX
 from sagewan.kernels.int8_attention import lists, outputs
-from sagewan.kernels.launch import block_of, check
+from sagewan.kernels.launch import block_of, check, is_copyable
 from sagewan.kernels.nvrtc import Kernel, tensor_map
 from sagewan.kernels.operators import operator
 from sagewan.kernels.prepare import e4m3_columns
 from sagewan.kernels.prepared import Columns, Prepared, Rows
-from sagewan.kernels.query_key import Grain, plain, smoothed, whole
+from sagewan.kernels.query_key import Grain, check_grain, plain, smoothed, whole
 
 SOURCE = "hopper_attention.cu"
 # The head size inside the kernel.
@@ -139,7 +140,7 @@ def prepare_sageattn(
 ) -> Prepared[Rows, Tensor]:
     """The first half of :func:`sageattn`; arguments as
     :func:`sagewan.kernels.int8_attention.prepare_sageattn`'s. V is copied if its channels are
-    not adjacent in memory or its rows do not begin at multiples of 16 bytes."""
+    not adjacent in memory, its rows do not begin at multiples of 16 bytes, or one is repeated."""
     _check(q, k, v)
     rows = plain(q, k, scale, _GRAIN, k_mean=k_mean, with_lse=with_lse)
     return whole(q, k, rows, _copyable(v))
@@ -185,8 +186,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _copyable(v: Tensor) -> Tensor:
     """V as the copy engine can read it."""
-    aligned = v.data_ptr() % 16 == 0 and all(s * v.element_size() % 16 == 0 for s in v.stride()[:3])
-    return v if aligned and v.stride(3) == 1 else v.contiguous()
+    return v if is_copyable(v) else v.clone(memory_format=torch.contiguous_format)
 
 
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong
@@ -219,14 +219,16 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The second half of the three modes; arguments as
     :func:`sagewan.kernels.int8_attention.attend`'s. Of ``sageattn_3_fp8`` out may be float8_e4m3fn,
-    channels contiguous: the result divided by :func:`output_scale`."""
+    channels contiguous: the result divided by :func:`output_scale`. Raises ShapeError for scales
+    that are finer than for 64 queries and 64 keys."""
+    check_grain(prepared, _GRAIN)
     out, lse = outputs(prepared, out, return_lse=return_lse)
     batch, heads, count, _ = out.shape
     # Tensors that the kernel reads must live until it is launched.
     visits, out_scale = lists(prepared, block_mask), _scale_of(out, prepared)
     arguments = _arguments(prepared, out, visits)
     arguments.lse, arguments.out_scale = _pointer(lse), _pointer(out_scale)
-    form = Form(_values(prepared).dtype, prepared.k.rows_per_scale)
+    form = Form(_values(prepared).dtype, math.gcd(prepared.k.rows_per_scale, _KEYS))
     kernel = _kernel(out.device.index, form)
     with torch.cuda.device(out.device):
         grid = -(-count // _ROWS), batch * heads

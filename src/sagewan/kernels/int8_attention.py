@@ -165,7 +165,7 @@ def attend(
     out, lse = outputs(prepared, out, return_lse=return_lse)
     batch, heads, count, size = out.shape
     tile = tile_for(compute_capability(out.device), block_of(size))
-    check_grain(prepared, tile)
+    check_grain(prepared, grain_of(tile))
     k_tiles = v_tiles = None
     if tile.tma:
         block_d = block_of(size)

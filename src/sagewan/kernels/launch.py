@@ -44,11 +44,16 @@ class Tile(Schedule):
     ahead: bool = True
 
 
-def copied(x: Tensor, tile: tuple[int, ...]) -> TensorDescriptor | None:
-    """x as the tensor memory accelerator copies tiles of it, or None if it can't: its last
-    dimension must be contiguous, the others begin at multiples of 16 bytes and not repeat."""
+def is_copyable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can copy tiles of x: its last dimension must be
+    contiguous, the others begin at multiples of 16 bytes and not repeat."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(not step or step % 16 for step in steps):
+    return x.stride(-1) == 1 and not x.data_ptr() % 16 and all(s and not s % 16 for s in steps)
+
+
+def copied(x: Tensor, tile: tuple[int, ...]) -> TensorDescriptor | None:
+    """x as the tensor memory accelerator copies tiles of it, or None if it can't."""
+    if not is_copyable(x):
         return None
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile))
 

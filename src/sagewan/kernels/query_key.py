@@ -37,14 +37,13 @@ def grain_of(tile: Tile) -> Grain:
     return Grain(queries=max(ROWS_PER_SCALE, tile.block_m), keys=max(ROWS_PER_SCALE, tile.block_n))
 
 
-def check_grain(prepared: Prepared[Rows, Any], tile: Tile) -> None:
-    """Raise ShapeError for scales that are finer than a kernel's blocks."""
+def check_grain(prepared: Prepared[Rows, Any], grain: Grain) -> None:
+    """Raise ShapeError for scales that are finer than ``grain``, the finest that a kernel takes."""
     found = Grain(queries=prepared.q.rows_per_scale, keys=prepared.k.rows_per_scale)
-    if found.queries % tile.block_m or found.keys % tile.block_n:
-        wanted = grain_of(tile)
+    if found.queries % grain.queries or found.keys % grain.keys:
         raise ShapeError(
             f"{found.queries} queries and {found.keys} keys share a scale: prepare them for this "
-            f"GPU's kernel, with scales for {wanted.queries} and {wanted.keys}"
+            f"GPU's kernel, with scales for {grain.queries} and {grain.keys}"
         )
 
 

@@ -8,7 +8,8 @@ from sagewan.pipeline.chart import bars
 
 
 def main(report: Path, picture: Path) -> None:
-    """One group of bars for each shape, of the family ``bias``: times torch's default speed."""
+    """One group of bars for each shape, of the family ``bias``: times torch's default speed; ours
+    are marked."""
     found = json.loads(report.read_text(encoding="utf-8"))
     results = [one for one in found["results"] if one["family"] == "bias"]
     names = list(dict.fromkeys(one["name"] for one in results))
@@ -20,7 +21,8 @@ def main(report: Path, picture: Path) -> None:
         ]
         for batch, heads, tokens in shapes
     }
-    picture.write_text(bars(names, series), encoding="utf-8")
+    ours = [name for name in names if name.startswith("sagewan.")]
+    picture.write_text(bars(names, series, marked=ours), encoding="utf-8")
 
 
 if __name__ == "__main__":

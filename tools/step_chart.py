@@ -26,14 +26,14 @@ SHOWN = (
 
 
 def speeds(reports: list[dict[str, Any]]) -> str:
-    """One group of bars a report: times the speed of diffusers as it is."""
+    """One group of bars a report: times the speed of diffusers as it is; ours are marked."""
     names = list(dict.fromkeys(one["name"] for found in reports for one in found["results"]))
     series = {}
     for found in reports:
         speed = {one["name"]: one["over_eager"] for one in found["results"]}
         title = f"{found['model']}, {found['tokens']:,} tokens, times diffusers ({found['device']})"
         series[title] = [speed.get(name) for name in names]
-    return bars(names, series)
+    return bars(names, series, marked=[name for name in names if name.startswith("ours ")])
 
 
 def roofline(found: dict[str, Any]) -> str:

@@ -87,6 +87,13 @@ def test_a_chart_is_svg_with_a_bar_each() -> None:
     assert "a&lt;b" in text
 
 
+def test_marked_bars_alone_have_a_colour() -> None:
+    names, values = ["ours", "theirs", "ours too"], [1.0, 2.0, 3.0]
+    tree = ElementTree.fromstring(bars(names, {"s": values}, marked=["ours", "ours too"]))
+    _, *fills = (r.attrib["fill"] for r in tree.iter("{http://www.w3.org/2000/svg}rect"))
+    assert fills[0] == fills[2] != fills[1]
+
+
 def test_a_real_comparison(tmp_path: Path) -> None:
     base = Request(
         prompt="a red ball rolls to the right",

@@ -32,7 +32,7 @@ from sagewan.plan.request import NO_QUANTIZATION, Request
 logger = logging.getLogger(__name__)
 
 # Of each layer's inputs about so many are kept, from all steps, passes and prompts alike (3.2 GB of
-# a 14B model's), and so many principal directions of those.
+# a 14B transformer), and so many principal directions of those.
 ROWS = 1024
 DIRECTIONS = 8
 

@@ -92,7 +92,8 @@ def principal(rows: Tensor, count: int = DIRECTIONS) -> Tensor:
 
 
 def _whole(request: Request) -> Request:
-    """The request with nothing left out or added, and weights as the files have them."""
+    """The request with nothing left out or added, and weights as the files have them unless it says
+    otherwise."""
     left_out = [
         name
         for name in ("lora", "sparsity", "cache")

@@ -89,8 +89,11 @@ def attend(
         return hopper.attend(prepared, **options)
 
 
-def prepare(mode: str, q: Tensor, k: Tensor, v: Tensor) -> Prepared[Rows, Any]:
-    """What ``prepare_…`` of a mode gives, by the formulas of the reference."""
+def prepare(
+    mode: str, q: Tensor, k: Tensor, v: Tensor, *, keys_per_scale: int | None = None
+) -> Prepared[Rows, Any]:
+    """What ``prepare_…`` of a mode gives, by the formulas of the reference; or with a scale for so
+    many keys."""
     scale = q.shape[3] ** -0.5
     smoothed = mode != "sageattn"
     scaled, centred = q.float() * scale * LOG2E, k.float() - k.float().mean(2, keepdim=True)
@@ -101,7 +104,7 @@ def prepare(mode: str, q: Tensor, k: Tensor, v: Tensor) -> Prepared[Rows, Any]:
     removed = q.float() @ k.float().mean(2, keepdim=True).repeat_interleave(groups, 1).mT * scale
     queries = _rows(turn(scaled - q_mean), removed.squeeze(3))
     bias = bias.squeeze(2) if smoothed else None
-    block = 128 if mode == "sageattn_3_fp8" else 64
+    block = keys_per_scale or (128 if mode == "sageattn_3_fp8" else 64)
     keys = _rows(turn(centred), bias, block, along=mode == "sageattn_3")
     return Prepared(
         q=queries,

@@ -71,6 +71,17 @@ def test_it_is_the_emulation_of_its_formats(mode: str, kind: str, folder: Path) 
     assert relative_error(lse, expected_lse) < 1e-3 + relative_error(same_lse, expected_lse)
 
 
+@pytest.mark.parametrize("kind", ["normal", "rising"])
+def test_in_fp8_too_64_keys_may_share_a_scale(kind: str, folder: Path) -> None:
+    # As where normalised and rotated projections are prepared in one pass.
+    q, k, v = inputs(kind)
+    out = attend(prepare("sageattn_3_fp8", q, k, v, keys_per_scale=64), folder)
+    order = ORDER["sageattn_3_fp8"] | {"keys_per_scale": 64}
+    same = emulation.sageattn_3_fp8(q, k, v, block_m=64, block_n=128, **order)
+    assert relative_error(out, same) < 0.004
+    assert relative_error(out, attention(q, k, v)) < 1.1 * relative_error(same, attention(q, k, v))
+
+
 def test_its_output_in_fp8_is_the_one_in_16_bit_rounded(folder: Path) -> None:
     prepared = prepare("sageattn_3_fp8", *inputs("normal"))
     exact = attend(prepared, folder).float()
